@@ -1,0 +1,2 @@
+def phantom() -> None:
+    """(being written)"""

@@ -1,0 +1,22 @@
+"""The one error that a user's mistake raises, and the exit codes of the command line."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user brought cannot be used.
+
+    Its text is one line: the file (or option), what was seen, what to do about it. The
+    command line prints it without a traceback and exits with ``EXIT_FAILED``.
+    """
+
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""At least one case or the whole command failed; the reason was printed."""
+EXIT_USAGE = 2
+"""The command line itself was wrong (unknown option, value out of range)."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C (128 + SIGINT)."""
+EXIT_TERMINATED = 143
+"""SIGTERM (128 + 15)."""
