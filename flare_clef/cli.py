@@ -6,30 +6,39 @@ only when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from flare_clef.commands.evaluate import evaluate
+from flare_clef.commands.info import info
 from flare_clef.commands.phantom import phantom
+from flare_clef.commands.predict import predict
 from flare_clef.commands.profile import profile
+from flare_clef.commands.train import train
 from flare_clef.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from flare_clef.version import __version__
+
+SEGMENT, MEASURE = "Segment", "Measure"
 
 app = typer.Typer(
     name="flare-clef",
     help="13 abdominal organs from a CT scan, as labels on the scan's own grid.",
+    epilog="Exit codes: 0 all done, 1 a case or the command failed, 2 wrong usage, "
+    "130 Ctrl-C, 143 terminated. Not for diagnosis.",
     no_args_is_help=True,
-    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MEASURE = "Measure"
+app.command(rich_help_panel=SEGMENT)(predict)
+app.command(rich_help_panel=SEGMENT)(info)
 app.command(rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(phantom)
 app.command(rich_help_panel=MEASURE, context_settings={"ignore_unknown_options": True})(profile)
+app.add_typer(train, rich_help_panel="Train")
 
 
 def _print_version(wanted: bool) -> None:
@@ -42,31 +51,37 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that temporary files are removed on the way out."""
+def _leave(code: int) -> NoReturn:
+    """Ends the process now: threads that read, write or compute are not waited for."""
+    if "flare_clef.images" in sys.modules:
+        sys.modules["flare_clef.images"].remove_temporary_files()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _on_sigterm(signum: int, frame: object) -> None:
-    raise Terminated
+def _on_signal(signum: int, frame: object) -> None:
+    name = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(signum)]
+    print(f"\nflare-clef: {name}; finished cases are kept", file=sys.stderr)
+    _leave(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED)
 
 
 def main() -> None:
     """Entry point of ``flare-clef`` and ``python -m flare_clef``."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGINT, _on_signal)
+    signal.signal(signal.SIGTERM, _on_signal)
     try:
         app()
     except UserError as error:
         print(f"flare-clef: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except Terminated:
-        sys.exit(EXIT_TERMINATED)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        _leave(EXIT_FAILED)
     except BrokenPipeError:
-        sys.exit(EXIT_FAILED)
+        os._exit(EXIT_FAILED)

@@ -110,9 +110,10 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     """
     fold = _FOLD.to(weight)
     outputs, inputs = weight.shape[:2]
-    taps = weight.reshape(outputs * inputs, 27) @ torch.kron(
-        torch.kron(fold, fold), fold
-    ).T.contiguous()
+    taps = (
+        weight.reshape(outputs * inputs, 27)
+        @ torch.kron(torch.kron(fold, fold), fold).T.contiguous()
+    )
     return taps.view(outputs, inputs, 4, 4, 4).transpose(0, 1)
 
 
@@ -153,9 +154,7 @@ class UNet(nn.Module):
 
 
 def _stack(inputs: int, width: int, convs: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ConvBlock(inputs if i == 0 else width, width) for i in range(convs)]
-    )
+    return nn.ModuleList([ConvBlock(inputs if i == 0 else width, width) for i in range(convs)])
 
 
 class Head(nn.Sequential):

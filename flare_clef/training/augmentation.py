@@ -104,8 +104,11 @@ def _in_slabs(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
     _, depth, height, width, _ = grid.shape
     parts = grid.view(slabs, depth // slabs, height, width, 3)
     out = functional.grid_sample(
-        volume[None, None].expand(slabs, -1, -1, -1, -1), parts, mode=mode,
-        padding_mode="zeros", align_corners=False,
+        volume[None, None].expand(slabs, -1, -1, -1, -1),
+        parts,
+        mode=mode,
+        padding_mode="zeros",
+        align_corners=False,
     )
     return out.view(depth, height, width)
 

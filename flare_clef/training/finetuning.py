@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ from flare_clef.network import Architecture, SegmentationNetwork, norms
 from flare_clef.training.augmentation import AugmentationSettings, augment
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.checkpoints import load_checkpoint, save_checkpoint
-from flare_clef.training.losses import softmax_dice_loss
+from flare_clef.training.losses import sigmoid_dice_loss, softmax_dice_loss
+from flare_clef.training.validation import DiceTable
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class FinetuningPlan:
     stages: tuple[Stage, ...]
     seed: int = 0
     warmup_steps: int = 50
+    loss: str = "softmax"
+    """``softmax``: organs compete, see :func:`softmax_dice_loss`; ``sigmoid``: the paper's."""
     ce_share: float = 1.0
     dice_share: float = 1.0
-    architecture: Architecture = field(default_factory=Architecture)
     repeats: dict[str, float] = field(default_factory=dict)
     """How often a case is drawn, relative to 1 for those not named."""
 
@@ -100,14 +104,19 @@ class Batch:
     labelled: Tensor
 
 
-def make_batch(plan: FinetuningPlan, cases: Sequence[PreparedCase], order: list[int], step: int) -> Batch:
+def make_batch(
+    plan: FinetuningPlan, cases: Sequence[PreparedCase], order: list[int], step: int
+) -> Batch:
     """What ``step`` sees; a function of the plan's seed and the step alone."""
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step + 1)
     chosen = cases[order[step]]
     stage, _ = plan.stage_at(step)
     image, labels = augment(
-        torch.from_numpy(chosen.image.copy()), torch.from_numpy(chosen.labels.copy()),
-        (stage.grid,) * 3, stage.augmentation, generator,
+        torch.from_numpy(chosen.image.copy()),
+        torch.from_numpy(chosen.labels.copy()),
+        (stage.grid,) * 3,
+        stage.augmentation,
+        generator,
     )
     return Batch(chosen.case.name, image[None, None], labels, chosen.case.labelled)
 
@@ -125,7 +134,12 @@ def batches(
             yield step, batch
 
 
-def freeze_statistics(network: nn.Module, volumes: Sequence[Tensor]) -> None:
+def forward_precision(precision: str) -> AbstractContextManager[Any]:
+    """Context in which the network computes in ``fp32`` or ``bf16``; parameters stay fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def freeze_statistics(network: nn.Module, volumes: Iterable[Tensor], precision: str) -> None:
     """Sets the running statistics to their mean over ``volumes`` and keeps them.
 
     Until here every step was normalised by its own volume. From here on training sees what
@@ -136,7 +150,7 @@ def freeze_statistics(network: nn.Module, volumes: Sequence[Tensor]) -> None:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), forward_precision(precision):
         for volume in volumes:
             network(volume)
     for layer in layers:
@@ -152,19 +166,20 @@ class Finetuning:
         cases: Sequence[PreparedCase],
         folder: Path,
         *,
-        validate: Callable[[SegmentationNetwork, int], dict[str, dict[str, float]]] | None = None,
-        validate_at: Sequence[int] = (),
+        architecture: Architecture | None = None,
+        precision: str = "fp32",
+        validate: Callable[[SegmentationNetwork, int], DiceTable] | None = None,
+        validate_at: Iterable[int] = (),
+        on_step: Callable[[dict[str, Any]], None] = lambda record: None,
         checkpoint_seconds: float = 120,
-        start_from: dict[str, Tensor] | None = None,
     ) -> None:
         self.plan, self.cases, self.folder = plan, cases, folder
+        self.precision, self.on_step = precision, on_step
         self.validate, self.validate_at = validate, set(validate_at)
         self.checkpoint_seconds = checkpoint_seconds
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(plan.seed)
-        self.network = SegmentationNetwork(plan.architecture)
-        if start_from is not None:
-            self.network.load_state_dict(start_from)
+        self.network = SegmentationNetwork(architecture)
         self.network.to(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=True)
         self.step = 0
@@ -174,7 +189,7 @@ class Finetuning:
         if saved is not None:
             self._restore(saved)
 
-    def _restore(self, saved: dict) -> None:  # type: ignore[type-arg]
+    def _restore(self, saved: dict[str, Any]) -> None:
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.frozen = saved["step"], saved["frozen"]
@@ -197,7 +212,8 @@ class Finetuning:
             fresh = range(step, min(step + 2 * len(self.cases), self.plan.steps))
             freeze_statistics(
                 self.network,
-                [make_batch(self.plan, self.cases, self.order, s).image for s in fresh[:24]],
+                (make_batch(self.plan, self.cases, self.order, s).image for s in fresh[:24]),
+                self.precision,
             )
         self.network.train()
         for layer in norms(self.network):
@@ -215,6 +231,7 @@ class Finetuning:
             self.step = step + 1
             record["seconds"] = round(time.monotonic() - began, 3)
             self._log("metrics.jsonl", record)
+            self.on_step(record)
             if self.validate is not None and self.step in self.validate_at:
                 self.network.eval()
                 table = self.validate(self.network, self.plan.stage_at(step)[0].grid)
@@ -225,13 +242,14 @@ class Finetuning:
         self.save()
         return self.network.eval()
 
-    def _train_step(self, step: int, batch: Batch) -> dict:  # type: ignore[type-arg]
+    def _train_step(self, step: int, batch: Batch) -> dict[str, Any]:
         rate = self.plan.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with forward_precision(self.precision):
             logits = self.network(batch.image)
-        loss, terms = softmax_dice_loss(
+        loss_function = softmax_dice_loss if self.plan.loss == "softmax" else sigmoid_dice_loss
+        loss, terms = loss_function(
             logits, batch.labels, batch.labelled, self.plan.ce_share, self.plan.dice_share
         )
         loss.backward()
@@ -241,16 +259,17 @@ class Finetuning:
         self.optimizer.zero_grad()
         dice = [None if math.isnan(d) else round(d, 4) for d in terms.dice_per_organ.tolist()]
         return {
-            "step": step, "case": batch.case, "loss": round(loss.item(), 4), "lr": rate,
-            "ce": round(terms.cross_entropy, 4), "dice_loss": round(terms.dice_loss, 4),
-            "gradient_norm": round(float(norm), 3), "dice": dice, "frozen": self.frozen,
+            "step": step,
+            "case": batch.case,
+            "loss": round(loss.item(), 4),
+            "lr": rate,
+            "ce": round(terms.cross_entropy, 4),
+            "dice_loss": round(terms.dice_loss, 4),
+            "gradient_norm": round(float(norm), 3),
+            "dice": dice,
+            "frozen": self.frozen,
         }
 
-    def _log(self, name: str, record: dict) -> None:  # type: ignore[type-arg]
+    def _log(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as log:
             log.write(json.dumps(record) + "\n")
-
-
-def plan_record(plan: FinetuningPlan) -> dict:  # type: ignore[type-arg]
-    """The plan as plain data, for the run's folder and the weights' record."""
-    return asdict(plan)

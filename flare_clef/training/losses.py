@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 UNDECIDED = 255
 _CHUNK_VOXELS = 1 << 18
@@ -97,7 +98,14 @@ class _SoftmaxDice(torch.autograd.Function):
             )
             start += len(chunk)
         _, channels, *size = shape
-        return gradient.view(*size, channels).permute(3, 0, 1, 2)[None], None, None, None, None, None
+        return (
+            gradient.view(*size, channels).permute(3, 0, 1, 2)[None],
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _chunks(rows: Tensor, target: Tensor):  # type: ignore[no-untyped-def]
@@ -168,3 +176,35 @@ def softmax_dice_loss(
         logits, labels, labelled, balanced_weights, ce_share, dice_share
     )
     return loss, LossTerms(float(terms[0]), float(terms[1]), terms[2:])
+
+
+def sigmoid_dice_loss(
+    logits: Tensor,
+    labels: Tensor,
+    labelled: Tensor,
+    ce_share: float = 1.0,
+    dice_share: float = 1.0,
+) -> tuple[Tensor, LossTerms]:
+    """The paper's fine-tuning loss: Dice + binary cross entropy on sigmoid outputs.
+
+    Each organ is a question of its own; those that a case has no labels for are left out.
+    Cross entropy is the mean over the volume's known voxels and the labelled organs; Dice as
+    in :func:`softmax_dice_loss`.
+    """
+    known = labels.reshape(-1) != UNDECIDED
+    truth = labels.reshape(-1)[known]
+    entropy = dice_loss = logits.new_zeros((), dtype=torch.float32)
+    dice_per_organ = torch.full((logits.shape[1],), float("nan"))
+    judged = max(int(labelled.sum()), 1)
+    for channel in torch.nonzero(labelled).flatten().tolist():
+        x = logits[0, channel].reshape(-1)[known].float()
+        target = (truth == channel + 1).float()
+        entropy = entropy + functional.binary_cross_entropy_with_logits(x, target) / judged
+        p = torch.sigmoid(x)
+        total = p.sum() + target.sum() + _DICE_EPSILON_VOXELS
+        dice = (2 * (p * target).sum() + _DICE_EPSILON_VOXELS) / total
+        dice_loss = dice_loss + (1 - dice) / judged
+        if bool(target.any()):
+            dice_per_organ[channel] = dice.detach()
+    loss = ce_share * entropy + dice_share * dice_loss
+    return loss, LossTerms(float(entropy), float(dice_loss), dice_per_organ)

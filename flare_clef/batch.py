@@ -1,0 +1,232 @@
+"""Many scans: which go where, one read and one written while another is computed.
+
+A case that cannot be read or written is an entry in the result, never the end of the batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flare_clef.errors import UserError
+from flare_clef.images import SUFFIXES, find_inputs, output_name, read_image, strip_suffix
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flare_clef.images import Image
+    from flare_clef.segmenter import Segmentation, Segmenter
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan and the file that its labels go to."""
+
+    source: Path
+    target: Path
+
+    @property
+    def case(self) -> str:
+        return strip_suffix(self.target.name)[0]
+
+
+@dataclass
+class CaseResult:
+    """What became of one job."""
+
+    job: Job
+    status: str = "failed"
+    """``done``, ``skipped`` or ``failed``."""
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of ``read``, ``prepare``, ``network``, ``restore``, ``write``."""
+    volume_ml: dict[str, float] = field(default_factory=dict)
+
+
+def plan_jobs(source: Path, target: Path) -> list[Job]:
+    """Jobs for INPUT and OUTPUT of the command line. Raises UserError before anything runs.
+
+    A file in: a file or folder out (a folder is what exists as one, or has no suffix of an
+    image). A folder in: a folder out. Two inputs with the same output are refused, and so is
+    an output that would overwrite an input.
+    """
+    inputs = find_inputs(source)
+    one = len(inputs) == 1 and inputs[0] == source
+    suffix = "" if target.is_dir() else strip_suffix(target.name)[1]
+    if suffix and not one:
+        raise UserError(
+            f"{target}: {source} is a folder of {len(inputs)} scan(s), so the output must be a "
+            "folder, not a file"
+        )
+    if target.is_file() and not suffix:
+        raise UserError(f"{target}: is a file of another kind; labels go to {' '.join(SUFFIXES)}")
+    jobs = [Job(path, target if suffix else target / output_name(path)) for path in inputs]
+    writers: dict[Path, Path] = {}
+    taken = {path.resolve() for path in inputs}
+    for job in jobs:
+        other = writers.setdefault(job.target, job.source)
+        if other is not job.source:
+            raise UserError(
+                f"{job.target}: both {other.name} and {job.source.name} would be written there; "
+                "rename one of them"
+            )
+        if job.target.resolve() in taken:
+            raise UserError(
+                f"{job.target}: the labels would overwrite this input; choose another folder"
+            )
+    return jobs
+
+
+def shard(jobs: Sequence[Job], part: str) -> list[Job]:
+    """Every N-th job from K on, for ``part`` = ``K/N`` with K from 0 to N - 1."""
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--shard {part}: expected K/N with K from 0 to N-1, such as 0/4")
+    return list(jobs[int(index) :: int(count)])
+
+
+@dataclass
+class _Read:
+    job: Job
+    image: Image | None
+    error: str
+    seconds: float
+
+
+class Reader:
+    """Reads the next scan while the present one is computed."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = list(jobs)
+        self._ready: queue.Queue[_Read] = queue.Queue(maxsize=1)
+        # One scan waits at most: the slot is asked for before reading, not after.
+        self._slots = threading.Semaphore(1)
+        threading.Thread(target=self._run, name="reader", daemon=True).start()
+
+    def _run(self) -> None:
+        for job in self._jobs:
+            self._slots.acquire()
+            began = time.perf_counter()
+            image, error = None, ""
+            try:
+                image = read_image(job.source)
+            except UserError as problem:
+                error = str(problem)
+            except MemoryError:
+                error = f"{job.source}: too large for the memory that is free"
+            except Exception as problem:  # a file must never end the batch
+                error = f"{job.source}: cannot be read ({_one_line(problem)})"
+            self._ready.put(_Read(job, image, error, time.perf_counter() - began))
+
+    def __iter__(self) -> Iterator[_Read]:
+        for _ in self._jobs:
+            item = self._ready.get()
+            self._slots.release()
+            yield item
+
+
+class _Writer:
+    """Writes labels while the next scan is computed; results come back when they are on disk."""
+
+    def __init__(self, on_result: Callable[[CaseResult], None]) -> None:
+        self._queue: queue.Queue[Callable[[], CaseResult] | None] = queue.Queue(maxsize=1)
+        self._on_result = on_result
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], CaseResult]) -> None:
+        self._queue.put(work)
+
+    def finish(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            self._on_result(work())
+
+
+def run(
+    jobs: Sequence[Job],
+    reader: Reader,
+    segmenter: Segmenter,
+    *,
+    organs: Sequence[str] | None,
+    on_stage: Callable[[Job, str], None],
+    on_result: Callable[[CaseResult], None],
+    measure_volumes: bool = False,
+) -> None:
+    """Segments what ``reader`` reads; ``on_result`` hears of every job, from one thread."""
+    writer = _Writer(on_result)
+    for item in reader:
+        result = CaseResult(item.job, seconds={"read": round(item.seconds, 3)})
+        if item.image is None:
+            result.error = item.error
+            writer.submit(lambda result=result: result)
+            continue
+        try:
+            found = segmenter.segment(
+                item.image, organs=organs, on_stage=lambda s, job=item.job: on_stage(job, s)
+            )
+        except UserError as problem:
+            result.error = str(problem)
+        except MemoryError:
+            result.error = f"{item.job.source}: not enough memory; set --memory-limit"
+        except RuntimeError as problem:
+            result.error = f"{item.job.source}: cannot be segmented ({_one_line(problem)})"
+        if result.error:
+            writer.submit(lambda result=result: result)
+            continue
+        on_stage(item.job, "write")
+        writer.submit(
+            lambda result=result, found=found, image=item.image: _write(
+                result, found, image, measure_volumes
+            )
+        )
+        del found, item
+    writer.finish()
+
+
+def _write(
+    result: CaseResult, found: Segmentation, image: Image, measure_volumes: bool
+) -> CaseResult:
+    from flare_clef.images import write_labels
+
+    began = time.perf_counter()
+    result.warnings = found.warnings
+    result.seconds.update(found.seconds)
+    try:
+        write_labels(found.labels, image, result.job.target)
+        if measure_volumes:
+            result.volume_ml = volumes_ml(found.labels, image.spacing_mm)
+        result.status = "done"
+    except UserError as problem:
+        result.error = str(problem)
+    except Exception as problem:  # the writer must outlive any one case
+        result.error = f"{result.job.target}: cannot be written ({_one_line(problem)})"
+    result.seconds["write"] = round(time.perf_counter() - began, 3)
+    return result
+
+
+def volumes_ml(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
+    """Volume of each organ in a label map (z, y, x), in millilitres."""
+    import numpy as np
+
+    from flare_clef.organs import ORGANS
+
+    counts = np.zeros(256, dtype=np.int64)
+    for plane in labels:
+        counts += np.bincount(plane.ravel(), minlength=256)
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    return {organ.name: round(float(counts[organ.index]) * voxel_ml, 3) for organ in ORGANS}
+
+
+def _one_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

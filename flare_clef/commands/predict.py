@@ -1,0 +1,173 @@
+"""``flare-clef predict``: a thin skin on :mod:`flare_clef.batch` and ``Segmenter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flare_clef.commands.options import DeviceOption, PrecisionOption, WeightsOption
+
+if TYPE_CHECKING:
+    from flare_clef.batch import CaseResult
+    from flare_clef.progress import Progress
+
+
+def predict(
+    input: Annotated[
+        Path,
+        typer.Argument(
+            help="A scan in HU (.nii .nii.gz .mha .mhd .nrrd), a folder of scans, or a folder of "
+            "one DICOM series.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            help="For one scan a file or a folder, else a folder. X_0000.nii.gz becomes X.nii.gz.",
+            show_default=False,
+        ),
+    ],
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weights: WeightsOption = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads; by default the cores this process may use."),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory to stay under, such as 2G or 1500M: on the CPU RAM above the loaded "
+            "program (default: what is free), on a GPU device memory (default: 2048M in total).",
+        ),
+    ] = None,
+    organs: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,…", help="Only these organs, such as liver,spleen."),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite/--skip-existing", help="What to do where the output exists."),
+    ] = True,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays.",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a case on stdout, with volumes in ml.")
+    ] = False,
+) -> None:
+    """Segment scans: 13 organs as labels 1-13 on each scan's own grid."""
+    from flare_clef import batch
+    from flare_clef.progress import Progress
+
+    limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
+    names = [name.strip() for name in organs.split(",")] if organs is not None else None
+    jobs = batch.plan_jobs(input, output)
+    if shard is not None:
+        jobs = batch.shard(jobs, shard)
+    progress = Progress(len(jobs), quiet=quiet)
+    results: list[CaseResult] = []
+
+    def on_result(result: CaseResult) -> None:
+        results.append(result)
+        _report(result, progress, json=json, number=len(results), total=len(jobs))
+
+    todo = []
+    for job in jobs:
+        if not overwrite and job.target.exists():
+            on_result(batch.CaseResult(job, status="skipped"))
+        else:
+            todo.append(job)
+    if todo:
+        # The first scan is read while torch is still being imported.
+        reader = batch.Reader(todo)
+        from flare_clef.segmenter import Segmenter, organ_indices
+
+        organ_indices(names)
+        segmenter = Segmenter(
+            weights,
+            device=device,
+            precision=precision,
+            threads=threads,
+            memory_limit_bytes=limit_bytes,
+        )
+        progress.line(
+            f"{segmenter.device} ({segmenter.device_reason}), "
+            f"{segmenter.precision} ({segmenter.precision_reason}), {segmenter.threads} thread(s)"
+        )
+        batch.run(
+            todo,
+            reader,
+            segmenter,
+            organs=names,
+            on_stage=lambda job, stage: progress.stage(job.case, stage),
+            on_result=on_result,
+            measure_volumes=json,
+        )
+    progress.close()
+    _summary(results, progress)
+
+
+def _report(result: CaseResult, progress: Progress, *, json: bool, number: int, total: int) -> None:
+    place = f"[{number}/{total}]"
+    if result.status == "failed":
+        progress.line(f"{place} failed: {result.error}", error=True)
+    elif result.status == "skipped":
+        progress.line(f"{place} {result.job.target}: exists, skipped")
+    else:
+        for warning in result.warnings:
+            progress.line(f"{place} warning: {result.job.source}: {warning}")
+        parts = ", ".join(f"{stage} {s:.1f}" for stage, s in result.seconds.items())
+        progress.line(
+            f"{place} {result.job.target}  {sum(result.seconds.values()):.1f} s ({parts})"
+        )
+    progress.case_done()
+    if json:
+        import json as encoder
+
+        print(
+            encoder.dumps(
+                {
+                    "case": result.job.case,
+                    "input": str(result.job.source),
+                    "output": str(result.job.target) if result.status != "failed" else None,
+                    "status": result.status,
+                    "error": result.error or None,
+                    "warnings": list(result.warnings),
+                    "seconds": result.seconds,
+                    "volume_ml": result.volume_ml,
+                }
+            ),
+            flush=True,
+        )
+
+
+def _summary(results: list[CaseResult], progress: Progress) -> None:
+    from flare_clef.errors import EXIT_FAILED
+
+    counts = {s: sum(r.status == s for r in results) for s in ("done", "skipped", "failed")}
+    if len(results) != 1:
+        parts = [f"{n} {status}" for status, n in counts.items() if n or status == "done"]
+        progress.line(f"{len(results)} case(s): {', '.join(parts)}", error=counts["failed"] > 0)
+    if counts["failed"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _bytes(text: str) -> int:
+    import re
+
+    from flare_clef.errors import UserError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--memory-limit {text}: expected a size such as 2G or 1500M")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))

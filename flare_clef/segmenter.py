@@ -1,0 +1,211 @@
+"""The way of the data, from scan to labels: read this file to know the tool.
+
+Image --prepare--> volume 192^3 + Placement --network--> 13 logit maps --restore--> labels
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+
+from flare_clef.errors import UserError
+from flare_clef.images import (
+    Image,
+    image_from_array,
+    image_from_sitk,
+    labels_to_sitk,
+    read_image,
+)
+from flare_clef.inference import FoldedNetwork
+from flare_clef.limits import available_memory_bytes, keep_memory, usable_cores
+from flare_clef.organs import ORGAN_BY_NAME, ORGANS
+from flare_clef.precision import choose_device, choose_precision
+from flare_clef.preparation import prepare
+from flare_clef.restoration import restore
+from flare_clef.weights import load_weights
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+# What preparation and restoration hold beside scan, labels and network, measured with room.
+_WORKING_BYTES = 300 * 2**20
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Labels of one scan, and what was noticed on the way."""
+
+    labels: np.ndarray
+    """uint8, the scan's own (z, y, x); 0 background, 1 to 13 as in ``ORGANS``."""
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each stage: ``prepare``, ``network``, ``restore``."""
+
+
+class Segmenter:
+    """Holds the network once; segments any number of scans, from any number of threads.
+
+    ``weights``: a safetensors file, by default the shipped one. ``device``: ``auto``, ``cpu``,
+    ``cuda`` or ``cuda:N``. ``precision``: ``auto``, ``fp32``, ``bf16`` or ``fp16`` (GPU).
+    ``threads``: CPU threads, by default the cores that this process may use.
+    ``memory_limit_bytes``: on the CPU the RAM above the loaded program, on a GPU device
+    memory; by default what is free (CPU) or the challenge's 2048 MB in total (GPU).
+    Raises :class:`~flare_clef.errors.UserError` where one of them cannot be had.
+    """
+
+    def __init__(
+        self,
+        weights: str | PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        keep_memory()
+        self.threads = threads or usable_cores()
+        torch.set_num_threads(self.threads)
+        self.memory_limit_bytes = memory_limit_bytes
+        self.weights = load_weights(Path(weights) if weights is not None else None)
+        self.device, self.device_reason = choose_device(device)
+        self.precision, self.precision_reason = choose_precision(
+            precision, self.device, self.threads
+        )
+        self.grid = self.weights.grid
+        self._network = FoldedNetwork(self.weights.network(), self.device, self.precision)
+
+    @overload
+    def predict(
+        self, image: str | PathLike[str] | sitk.Image, *, organs: Sequence[str] | None = None
+    ) -> sitk.Image: ...
+
+    @overload
+    def predict(
+        self,
+        image: np.ndarray,
+        *,
+        spacing_mm: Sequence[float],
+        origin_mm: Sequence[float] = (0.0, 0.0, 0.0),
+        direction: Sequence[float] = IDENTITY,
+        organs: Sequence[str] | None = None,
+    ) -> np.ndarray: ...
+
+    def predict(  # type: ignore[no-untyped-def]
+        self,
+        image,
+        *,
+        spacing_mm=None,
+        origin_mm=(0.0, 0.0, 0.0),
+        direction=IDENTITY,
+        organs=None,
+    ):
+        """Labels of a CT scan in HU, uint8, on the scan's own grid.
+
+        ``image`` is a path (file or folder of one DICOM series), a SimpleITK image, or a numpy
+        array (z, y, x) with ``spacing_mm``, ``origin_mm`` (x, y, z) and ``direction`` (nine
+        numbers, row by row, LPS; as SimpleITK gives them). A path or a SimpleITK image gives a
+        SimpleITK image of the same geometry, an array an array. ``organs`` keeps only those
+        named. Raises UserError for what cannot be used.
+        """
+        if isinstance(image, np.ndarray):
+            if spacing_mm is None:
+                raise UserError("predict: an array needs spacing_mm=(x, y, z) beside it")
+            scan = image_from_array(image, tuple(spacing_mm), tuple(origin_mm), tuple(direction))
+            return self.segment(scan, organs=organs).labels
+        scan = (
+            read_image(Path(image))
+            if isinstance(image, (str, PathLike))
+            else image_from_sitk(image)
+        )
+        return labels_to_sitk(self.segment(scan, organs=organs).labels, scan)
+
+    def segment(
+        self,
+        image: Image,
+        *,
+        organs: Sequence[str] | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Segmentation:
+        """The stages one after the other; ``on_stage`` hears the name of each as it begins."""
+        wanted = organ_indices(organs)
+        clock = _Clock(on_stage)
+        limit = self._limit_for(image)
+
+        clock.begin("prepare")
+        prepared = prepare(image.array, image.direction, self.grid)
+        if prepared is None:
+            clock.end()
+            return Segmentation(
+                np.zeros(image.array.shape, np.uint8), image.warnings, clock.seconds
+            )
+        volume, placement = prepared
+
+        clock.begin("network")
+        logits = self._network(volume, memory_limit_bytes=limit)
+
+        clock.begin("restore")
+        labels = restore(logits, placement, wanted)
+        clock.end()
+
+        warnings = image.warnings
+        if not labels.any():
+            warnings += ("no organ was found; the label map is empty",)
+        return Segmentation(labels, warnings, clock.seconds)
+
+    def _limit_for(self, image: Image) -> int | None:
+        """Bytes that the network may use, after scan and labels have had theirs."""
+        if self.device.type != "cpu":
+            return self.memory_limit_bytes
+        labels = image.array.size
+        if self.memory_limit_bytes is None:
+            return max(0, available_memory_bytes() - labels - _WORKING_BYTES)
+        left = self.memory_limit_bytes - image.array.nbytes - labels - _WORKING_BYTES
+        if left < 0:
+            needed = (self.memory_limit_bytes - left) / 2**20
+            raise UserError(
+                f"{image.source or 'the scan'}: {image.array.shape} voxels (z, y, x) need at least "
+                f"{needed:.0f} MiB beside the network; the memory limit is "
+                f"{self.memory_limit_bytes / 2**20:.0f} MiB: raise --memory-limit"
+            )
+        return left
+
+
+class _Clock:
+    """Seconds from one stage to the next."""
+
+    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
+        self._running: tuple[str, float] | None = None
+
+    def begin(self, stage: str) -> None:
+        self.end()
+        self._running = (stage, time.perf_counter())
+        if self._on_stage is not None:
+            self._on_stage(stage)
+
+    def end(self) -> None:
+        if self._running is not None:
+            stage, began = self._running
+            self.seconds[stage] = round(time.perf_counter() - began, 3)
+            self._running = None
+
+
+def organ_indices(names: Sequence[str] | None) -> Collection[int] | None:
+    """Label values of the organs named; None means all. Raises UserError for unknown names."""
+    if names is None:
+        return None
+    unknown = [name for name in names if name not in ORGAN_BY_NAME]
+    if unknown or not names:
+        known = ", ".join(organ.name for organ in ORGANS)
+        raise UserError(f"organs: {', '.join(unknown) or 'none named'}; known are {known}")
+    return {ORGAN_BY_NAME[name].index for name in names}

@@ -1,0 +1,52 @@
+"""What a network is worth, judged by the product's own path on each case's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+
+from flare_clef.inference import FoldedNetwork
+from flare_clef.metrics import dice_per_organ
+from flare_clef.network import SegmentationNetwork
+from flare_clef.organs import ORGANS
+from flare_clef.preparation import prepare
+from flare_clef.restoration import restore
+from flare_clef.training.cases import Case
+
+DiceTable = dict[str, dict[str, float]]
+"""Dice by case and organ; organs that a case has no labels for are left out."""
+
+
+def validate(
+    network: SegmentationNetwork, cases: Sequence[Case], grid: int, precision: str
+) -> DiceTable:
+    """Prepare, network, restore and compare, exactly as ``predict`` does."""
+    from flare_clef.images import read_image
+
+    folded = FoldedNetwork(network, torch.device("cpu"), precision)
+    table: DiceTable = {}
+    for case in cases:
+        image, reference = read_image(case.image), read_image(case.labels)
+        prepared = prepare(image.array, image.direction, grid)
+        if prepared is None:
+            continue
+        volume, placement = prepared
+        labels = restore(folded(volume), placement)
+        organs = [organ for organ in ORGANS if organ.name in case.organs]
+        table[case.name] = {
+            name: round(value, 4)
+            for name, value in dice_per_organ(labels, reference.array, organs).items()
+        }
+    return table
+
+
+def means(table: DiceTable) -> dict[str, float]:
+    """Mean over cases per organ, and ``mean`` over the organs that any case has labels for."""
+    by_organ = {
+        organ.name: fmean(row[organ.name] for row in table.values() if organ.name in row)
+        for organ in ORGANS
+        if any(organ.name in row for row in table.values())
+    }
+    return {**by_organ, "mean": fmean(by_organ.values())} if by_organ else {}
