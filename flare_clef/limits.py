@@ -65,8 +65,10 @@ def keep_memory() -> bool:
 
     By default glibc maps every large block anew and gives it back when freed, so each tensor
     faults in page by page. After this call large blocks come from the heap, and the heap never
-    shrinks: the process keeps its peak until it ends. Call it before the first large block
-    and before other threads start; it holds for the whole process.
+    shrinks: the process keeps its peak until it ends, and some more, because aligned blocks leave
+    gaps (a loop of convolutions of unequal size came to rest at 1.5 times its peak without this
+    call, 720 MB in place of 474, with no time in the kernel where half of it had been). Call it
+    before the first large block and before other threads start; it holds for the whole process.
 
     ``mallopt`` takes an int, and glibc before 2.35 refuses an M_MMAP_THRESHOLD above 32 MiB,
     so the effect of ``MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184``
