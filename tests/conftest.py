@@ -1,0 +1,66 @@
+"""Small networks and synthetic scans that several test modules share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from flare_clef.network import Architecture, SegmentationNetwork
+from flare_clef.weights import save_weights
+
+TINY = Architecture(
+    widths=(4, 8, 16), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=4
+)
+TINY_GRID = 32
+
+
+def lively_network(architecture: Architecture = TINY, seed: int = 0) -> SegmentationNetwork:
+    """A network with random weights and statistics whose label maps hold many organs."""
+    torch.manual_seed(seed)
+    network = SegmentationNetwork(architecture).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+            torch.nn.init.normal_(module.running_mean, 0, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    with torch.no_grad():
+        network.head[2].weight.mul_(6)
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of a tiny random network on a 32^3 grid."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, lively_network(), grid=TINY_GRID, record={"made": "by a test"})
+    return path
+
+
+def body_hu(shape: tuple[int, int, int] = (20, 40, 44), seed: int = 0) -> np.ndarray:
+    """int16 HU (z, y, x): an ellipse of tissue with noise and a brighter lump, in air."""
+    z, y, x = (np.linspace(-1, 1, n) for n in shape)
+    radius = (y[None, :, None] / 0.7) ** 2 + (x[None, None, :] / 0.9) ** 2 + 0 * z[:, None, None]
+    hu = np.where(radius < 1, 40.0, -1000.0)
+    lump = (
+        (z[:, None, None] - 0.2) ** 2 + (y[None, :, None] + 0.1) ** 2 + (x[None, None, :] - 0.3) ** 2
+    )
+    hu[lump < 0.09] = 180
+    noise = np.random.default_rng(seed).normal(0, 12, shape)
+    return np.where(radius < 1, hu + noise, hu).astype(np.int16)
+
+
+def write_scan(path: Path, hu: np.ndarray | None = None, **geometry: tuple[float, ...]) -> Path:
+    """Writes a scan (default: :func:`body_hu`) with SimpleITK and returns its path."""
+    image = sitk.GetImageFromArray(body_hu() if hu is None else hu)
+    image.SetSpacing(geometry.get("spacing", (1.5, 1.5, 3.0)))
+    image.SetOrigin(geometry.get("origin", (-10.0, 5.0, 100.0)))
+    if "direction" in geometry:
+        image.SetDirection(geometry["direction"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), useCompression=True)
+    return path

@@ -1,0 +1,95 @@
+"""Which scan goes where, and that one bad case never ends the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_scan
+
+from flare_clef.batch import Job, plan_jobs, shard, volumes_ml
+from flare_clef.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.nii.gz", "a_0000.nii.gz", "c.mha"):
+        write_scan(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def test_folder_to_folder(folder: Path, tmp_path: Path):
+    jobs = plan_jobs(folder, tmp_path / "out")
+    assert [(j.source.name, j.target) for j in jobs] == [
+        ("a_0000.nii.gz", tmp_path / "out" / "a.nii.gz"),
+        ("b.nii.gz", tmp_path / "out" / "b.nii.gz"),
+        ("c.mha", tmp_path / "out" / "c.mha"),
+    ]
+    assert [job.case for job in jobs] == ["a", "b", "c"]
+
+
+def test_file_to_file_or_folder(folder: Path, tmp_path: Path):
+    scan = folder / "a_0000.nii.gz"
+    (tmp_path / "there").mkdir()
+    for target, expected in (
+        (tmp_path / "labels.nii.gz", tmp_path / "labels.nii.gz"),
+        (tmp_path / "labels.nrrd", tmp_path / "labels.nrrd"),
+        (tmp_path / "there", tmp_path / "there" / "a.nii.gz"),
+        (tmp_path / "new", tmp_path / "new" / "a.nii.gz"),
+    ):
+        assert plan_jobs(scan, target) == [Job(scan, expected)]
+
+
+def test_folder_to_file_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="folder of 3 scan.*must be a folder, not a file"):
+        plan_jobs(folder, tmp_path / "labels.nii.gz")
+
+
+def test_output_of_another_kind_is_refused(folder: Path, tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("")
+    with pytest.raises(UserError, match="file of another kind"):
+        plan_jobs(folder / "c.mha", tmp_path / "labels.txt")
+
+
+def test_same_output_twice_is_refused(folder: Path, tmp_path: Path):
+    write_scan(folder / "a.nii.gz")
+    with pytest.raises(UserError, match="both a.* and a.* would be written there"):
+        plan_jobs(folder, tmp_path / "out")
+
+
+def test_overwriting_an_input_is_refused(folder: Path):
+    with pytest.raises(UserError, match="would overwrite this input"):
+        plan_jobs(folder, folder)
+    with pytest.raises(UserError, match="would overwrite this input"):
+        plan_jobs(folder / "b.nii.gz", folder / "b.nii.gz")
+
+
+def test_output_inside_the_input_folder(folder: Path):
+    first = plan_jobs(folder, folder / "out")
+    for job in first:
+        write_scan(job.target)
+    assert plan_jobs(folder, folder / "out") == first
+
+
+def test_shards_are_disjoint_and_complete(folder: Path):
+    jobs = [Job(Path(str(i)), Path(f"out/{i}")) for i in range(11)]
+    parts = [shard(jobs, f"{k}/4") for k in range(4)]
+    assert [len(p) for p in parts] == [3, 3, 3, 2]
+    assert sorted((j for p in parts for j in p), key=lambda j: int(j.source.name)) == jobs
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0", ""])
+def test_bad_shard(text: str):
+    with pytest.raises(UserError, match="expected K/N"):
+        shard([], text)
+
+
+def test_volumes_ml():
+    labels = np.zeros((4, 5, 6), np.uint8)
+    labels[0, 0, :] = 1
+    labels[2, 1:3, 2] = 13
+    volumes = volumes_ml(labels, (0.5, 2.0, 10.0))  # 10 mm3 a voxel
+    assert volumes["liver"] == 0.06
+    assert volumes["left_kidney"] == 0.02
+    assert sum(volumes.values()) == pytest.approx(0.08)

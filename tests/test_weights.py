@@ -1,0 +1,159 @@
+"""Weights files: what goes in comes out, and what is wrong gets one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, lively_network
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from flare_clef.errors import UserError
+from flare_clef.weights import checksum, load_weights, save_weights
+
+
+def _rewrite(source: Path, target: Path, metadata=None, tensors=None) -> Path:
+    with safe_open(source, framework="pt") as file:
+        old_metadata = dict(file.metadata())
+        old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata:
+        old_metadata.update(metadata)
+    if tensors:
+        old = tensors(old)
+    save_file(old, target, {k: v for k, v in old_metadata.items() if v is not None})
+    return target
+
+
+def _refused(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_weights(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+def test_round_trip_is_exact_in_half_precision(tmp_path: Path):
+    network = lively_network()
+    path = tmp_path / "w.safetensors"
+    save_weights(path, network, grid=32, record={"hours": 2.5}, licence="research")
+    loaded = load_weights(path)
+    assert (loaded.grid, loaded.licence, loaded.record) == (32, "research", {"hours": 2.5})
+    assert loaded.architecture == TINY
+    again = loaded.network().state_dict()
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        expected = tensor if ".norm." in name else tensor.half().float()
+        assert torch.equal(again[name], expected), name
+    assert not loaded.network().training
+
+
+def test_a_loaded_network_computes_what_the_saved_one_did(tmp_path: Path):
+    network = lively_network()
+    save_weights(tmp_path / "w.safetensors", network, grid=32)
+    volume = torch.rand(1, 1, 32, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = network(volume)
+        found = load_weights(tmp_path / "w.safetensors").network()(volume)
+    assert (found - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_default_size_is_66_mb(tmp_path: Path):
+    from flare_clef.network import SegmentationNetwork
+
+    path = tmp_path / "w.safetensors"
+    save_weights(path, SegmentationNetwork())
+    assert 65.9e6 < path.stat().st_size < 66.5e6
+
+
+def test_cut_file(tiny_weights: Path, tmp_path: Path):
+    content = tiny_weights.read_bytes()
+    for keep in (0, 5, 100, len(content) - 1):
+        path = tmp_path / f"cut{keep}.safetensors"
+        path.write_bytes(content[:keep])
+        assert "not a whole safetensors file" in _refused(path)
+
+
+def test_pickle_is_never_read(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    torch.save({"a": torch.zeros(3)}, path)
+    assert "not a whole safetensors file" in _refused(path)
+
+
+def test_foreign_file(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    assert "not stated" in _refused(path)
+
+
+def test_missing_and_folder(tmp_path: Path):
+    assert "no such weights file" in _refused(tmp_path / "none.safetensors")
+    assert "is a folder" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": "2"}, "format version 2"),
+        ({"grid": "30"}, "grid 30 is not a multiple of 4"),
+        ({"grid": "big"}, "metadata cannot be used"),
+        ({"organs": json.dumps(["liver"])}, "made for other organs (liver)"),
+        ({"window_hu": json.dumps([-100, 300])}, "made for the window (-100, 300) HU"),
+        ({"architecture": json.dumps({"widths": [4]})}, "metadata cannot be used"),
+        ({"record": None}, "metadata cannot be used"),
+    ],
+)
+def test_unusable_metadata(tiny_weights: Path, tmp_path: Path, change, words):
+    path = _rewrite(tiny_weights, tmp_path / "w.safetensors", metadata=change)
+    assert words in _refused(path)
+
+
+def _drop(tensors):
+    tensors.pop("head.0.weight")
+    return tensors
+
+
+def _add(tensors):
+    return {**tensors, "extra": torch.zeros(1)}
+
+
+def _reshape(tensors):
+    return {**tensors, "head.0.weight": torch.zeros(5, 4, 1, 1, 1)}
+
+
+def _poison(tensors):
+    return {**tensors, "head.0.bias": torch.full_like(tensors["head.0.bias"], float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop, "lacks 1 tensor(s) of the architecture it states, such as head.0.weight"),
+        (_add, "holds surplus 1 tensor(s) of the architecture it states, such as extra"),
+        (_reshape, "tensor head.0.weight is (5, 4, 1, 1, 1), expected (4, 4, 1, 1, 1)"),
+        (_poison, "tensor head.0.bias holds values that are not finite"),
+    ],
+)
+def test_wrong_tensors(tiny_weights: Path, tmp_path: Path, change, words):
+    path = _rewrite(tiny_weights, tmp_path / "w.safetensors", tensors=change)
+    assert words in _refused(path)
+
+
+def test_checksum_of_a_known_text(tmp_path: Path):
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")  # FIPS 180-2, example B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert checksum(path) == expected
+
+
+def test_writing_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flare_clef.weights.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_weights(tmp_path / "w.safetensors", lively_network())
+    assert list(tmp_path.iterdir()) == []
