@@ -1,0 +1,108 @@
+"""A folder that holds one DICOM series, read as one volume in HU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from flare_clef.errors import UserError
+
+_POSITION, _ORIENTATION, _ROWS, _COLUMNS = "0020|0032", "0020|0037", "0028|0010", "0028|0011"
+_DESCRIPTION = "0008|103e"
+_UNEVEN_SHARE = 0.02
+
+
+def is_dicom_folder(path: Path) -> bool:
+    """Whether any file directly in ``path`` is a DICOM file (``DICM`` after 128 bytes)."""
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith(".") or not entry.is_file():
+            continue
+        try:
+            with entry.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def read_series(folder: Path) -> sitk.Image:
+    """The one series of ``folder``, slices sorted by position. Raises UserError, one line."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        raise UserError(f"{folder}: no DICOM series with pixel data in this folder")
+    names = {s: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), s) for s in series}
+    if len(series) > 1:
+        listed = "; ".join(
+            f"'{_text(files[0], _DESCRIPTION) or 'no description'}' {len(files)} slice(s) …{s[-8:]}"
+            for s, files in names.items()
+        )
+        raise UserError(f"{folder}: {len(series)} DICOM series ({listed}); keep one a folder")
+    files = names[series[0]]
+    _check_slices(folder, files)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder}: the series cannot be read ({last})") from None
+
+
+def _information(file: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    reader.SetImageIO("GDCMImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        raise UserError(f"{file}: not a readable DICOM image (no pixel data?)") from None
+    return reader
+
+
+def _text(file: str, tag: str) -> str:
+    reader = _information(file)
+    return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+
+
+def _numbers(reader: sitk.ImageFileReader, tag: str) -> tuple[float, ...]:
+    if not reader.HasMetaDataKey(tag):
+        return ()
+    return tuple(float(part) for part in reader.GetMetaData(tag).split("\\"))
+
+
+def _check_slices(folder: Path, files: tuple[str, ...]) -> None:
+    """Equal sizes, one orientation, and one distance between all neighbouring slices."""
+    readers = [_information(file) for file in files]
+    sizes = {reader.GetSize()[:2] for reader in readers}
+    if len(sizes) > 1:
+        raise UserError(f"{folder}: slices of different sizes {sorted(sizes)}; not one volume")
+    orientations = [_numbers(reader, _ORIENTATION) for reader in readers]
+    positions = [_numbers(reader, _POSITION) for reader in readers]
+    if len(files) == 1:
+        return
+    if any(len(o) != 6 for o in orientations) or any(len(p) != 3 for p in positions):
+        raise UserError(f"{folder}: slices without position or orientation; not a CT volume")
+    if np.abs(np.array(orientations) - orientations[0]).max() > 1e-3:
+        raise UserError(f"{folder}: slices of different orientation; is a localizer among them?")
+    normal = np.cross(orientations[0][:3], orientations[0][3:])
+    along = np.sort(np.array(positions) @ normal)
+    gaps = np.diff(along)
+    usual = float(np.median(gaps))
+    if usual <= 1e-4:
+        raise UserError(f"{folder}: several slices at one position ({along[0]:.1f} mm)")
+    worst = int(np.abs(gaps - usual).argmax())
+    if abs(gaps[worst] - usual) > max(_UNEVEN_SHARE * usual, 0.02):
+        what = "slices are missing" if gaps[worst] > 1.5 * usual else "uneven spacing"
+        raise UserError(
+            f"{folder}: {what}: {gaps[worst]:.2f} mm between the slices at {along[worst]:.1f} and "
+            f"{along[worst + 1]:.1f} mm, {usual:.2f} mm elsewhere"
+        )
+    across = np.array(positions)[-1] - positions[0]
+    tilt = np.degrees(
+        np.arccos(min(1.0, abs(float(across @ normal)) / float(np.linalg.norm(across))))
+    )
+    if tilt > 1:
+        raise UserError(f"{folder}: gantry tilt of {tilt:.1f} degrees; resample it upright first")

@@ -1,0 +1,351 @@
+"""Reads scans and writes label maps; every check of what a user brings is here.
+
+Arrays are (z, y, x); spacing, origin and direction are SimpleITK's: (x, y, z), LPS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from flare_clef import nifti
+from flare_clef.dicom import is_dicom_folder, read_series
+from flare_clef.errors import UserError
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+_CHANNEL = "_0000"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A scan: voxels in HU and where they lie."""
+
+    array: np.ndarray
+    """(z, y, x) as stored; an integer type, or float32 where values are scaled."""
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    direction: tuple[float, ...]
+    """Nine numbers, row by row; columns are the stored x, y and z axes in LPS space."""
+    source: Path | None = None
+    warnings: tuple[str, ...] = ()
+    nifti_header: bytes | None = None
+    """The input's own header, so that its label map repeats the geometry bit for bit."""
+    owner: Any = field(default=None, repr=False)
+    """Keeps the memory under ``array`` alive."""
+
+
+def strip_suffix(name: str) -> tuple[str, str]:
+    """``scan.nii.gz`` to (``scan``, ``.nii.gz``); the suffix is '' if it is not an image's."""
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)], name[-len(suffix) :]
+    return name, ""
+
+
+def output_name(path: Path, suffix: str | None = None) -> str:
+    """Name of the label map: the harness's ``X_0000`` loses ``_0000``, others keep theirs."""
+    stem, own = strip_suffix(path.name)
+    return stem.removesuffix(_CHANNEL) + (suffix or own or ".nii.gz")
+
+
+def find_inputs(path: Path) -> list[Path]:
+    """The scans that ``path`` stands for, by name: itself, or those in the folder.
+
+    A folder of one DICOM series is one scan, and so is a sub-folder of one. Raises UserError.
+    """
+    try:
+        if path.is_file():
+            return [path]
+        if not path.exists():
+            kind = "a link to nothing" if path.is_symlink() else "no such file or folder"
+            raise UserError(f"{path}: {kind}; check the path")
+        if not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder")
+        entries = sorted(path.iterdir())
+        found = [e for e in entries if not e.name.startswith(".") and _is_scan(e)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if found:
+        return found
+    if is_dicom_folder(path):
+        return [path]
+    raise UserError(
+        f"{path}: no scan among its {len(entries)} entries; expected {' '.join(SUFFIXES)} "
+        "or a DICOM series"
+    )
+
+
+def _is_scan(entry: Path) -> bool:
+    if entry.is_symlink() and not entry.exists():
+        # Listed, so that the case fails by name rather than being left out silently.
+        return bool(strip_suffix(entry.name)[1])
+    if entry.is_dir():
+        return is_dicom_folder(entry)
+    return bool(strip_suffix(entry.name)[1])
+
+
+def read_image(path: Path) -> Image:
+    """A scan from a file or a folder with one DICOM series. Raises UserError, one line."""
+    try:
+        if path.is_dir():
+            return _checked(*_unpack(read_series(path)), source=path)
+        if not path.exists():
+            kind = "a link to nothing" if path.is_symlink() else "no such file"
+            raise UserError(f"{path}: {kind}; check the path")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: empty (0 bytes); copy or export it again")
+        suffix = strip_suffix(path.name)[1].lower()
+        if not suffix:
+            raise UserError(f"{path}: not a known kind of image; expected {' '.join(SUFFIXES)}")
+        if suffix.startswith(".nii"):
+            return _read_nifti(path)
+        return _checked(*_unpack(_read_with_itk(path)), source=path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_nifti(path: Path) -> Image:
+    header = nifti.read_header(path)
+    if header is None:
+        return _checked(*_unpack(_read_with_itk(path)), source=path)
+    nifti.check_header(path, header)
+    nifti.check_length(path, header)
+    array = nifti.read_voxels(path, header)
+    spacing, origin, direction = _nifti_geometry(path, header)
+    warning = nifti.disagreement(header)
+    image = _checked(array, spacing, origin, direction, source=path)
+    return replace(
+        image,
+        nifti_header=header.raw,
+        warnings=((warning,) if warning else ()) + image.warnings,
+    )
+
+
+def _nifti_geometry(path: Path, header: nifti.NiftiHeader) -> tuple[Any, Any, Any]:
+    """As SimpleITK reports it; for what ITK refuses (shear), from the sform itself."""
+    with _itk_readable(path) as readable:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(readable))
+        reader.SetImageIO("NiftiImageIO")
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError:
+            if header.codes[1] > 0:
+                return nifti.sform_geometry(header)
+            raise UserError(f"{path}: its orientation cannot be used; export it again") from None
+    dimensions = reader.GetDimension()
+    direction = np.reshape(reader.GetDirection(), (dimensions, dimensions))[:3, :3]
+    return reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel())
+
+
+@contextlib.contextmanager
+def _itk_readable(path: Path) -> Iterator[Path]:
+    """ITK trusts the suffix: a file whose suffix lies about compression is linked anew."""
+    suffix = ".nii.gz" if nifti.is_gzip(path) else ".nii"
+    if path.name.lower().endswith(suffix):
+        yield path
+        return
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"scan{suffix}"
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def _read_with_itk(path: Path) -> sitk.Image:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].split("): ")[-1] if lines else type(error).__name__
+
+
+def _unpack(image: sitk.Image) -> tuple[Any, ...]:
+    """Array, spacing, origin, direction of a SimpleITK image; one volume of a 4-D one."""
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise UserError(
+            f"an image with {image.GetNumberOfComponentsPerPixel()} numbers a voxel; a CT has one"
+        )
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    if image.GetDimension() != 3:
+        size = " x ".join(map(str, image.GetSize()))
+        raise UserError(f"a {image.GetDimension()}-D image ({size}); one volume is needed")
+    if "complex" in image.GetPixelIDTypeAsString():
+        raise UserError("an image of complex numbers; a CT has one number a voxel")
+    array = sitk.GetArrayViewFromImage(image)
+    return array, image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image
+
+
+def image_from_sitk(image: sitk.Image) -> Image:
+    """The same checks for an image that is in memory already."""
+    return _checked(*_unpack(image))
+
+
+def image_from_array(
+    array: np.ndarray,
+    spacing_mm: tuple[float, ...],
+    origin_mm: tuple[float, ...] = (0.0, 0.0, 0.0),
+    direction: tuple[float, ...] = IDENTITY,
+) -> Image:
+    """The same checks for an array (z, y, x) in HU."""
+    if array.ndim != 3:
+        raise UserError(f"an array of shape {array.shape}; expected (z, y, x)")
+    return _checked(array, spacing_mm, origin_mm, direction)
+
+
+def _checked(
+    array: np.ndarray,
+    spacing: Any,
+    origin: Any,
+    direction: Any,
+    owner: Any = None,
+    *,
+    source: Path | None = None,
+) -> Image:
+    name = source or "the image"
+    spacing, origin = tuple(map(float, spacing)), tuple(map(float, origin))
+    direction = tuple(map(float, direction))
+    if array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise UserError(f"{name}: {array.shape} voxels of type {array.dtype}; expected numbers")
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise UserError(f"{name}: voxel spacing {spacing} mm; all three must be above 0")
+    if not all(np.isfinite(origin)) or len(origin) != 3:
+        raise UserError(f"{name}: origin {origin} mm; three finite numbers are needed")
+    cosines = np.reshape(direction, (3, 3)) if len(direction) == 9 else np.zeros((3, 3))
+    if not np.isfinite(cosines).all() or abs(np.linalg.det(cosines)) < 1e-3:
+        raise UserError(f"{name}: its three axes do not span a volume (direction {direction})")
+    if array.dtype == np.float64 or array.dtype == np.float16:
+        array = array.astype(np.float32)
+    warnings = _value_warnings(array)
+    return Image(array, spacing, origin, direction, source, warnings, None, owner)  # type: ignore[arg-type]
+
+
+def _value_warnings(array: np.ndarray) -> tuple[str, ...]:
+    """What the values say about whether this is a CT in HU."""
+    low, high = array.min(), array.max()
+    warnings = []
+    if array.dtype.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
+        finite = np.isfinite(array)
+        bad = array.size - int(finite.sum())
+        warnings.append(f"{bad} voxel(s) are NaN or infinite; they count as air")
+        if bad == array.size:
+            return tuple(warnings)
+        low, high = array[finite].min(), array[finite].max()
+    low, high = float(low), float(high)
+    if low == high:
+        warnings.append(f"all voxels have the same value ({low:g})")
+    if high <= -500:
+        warnings.append(f"no voxel above -500 HU (highest {high:g}); the label map will be empty")
+    elif low >= 0 and high <= 255 and high > low:
+        warnings.append(f"values {low:g} to {high:g} look like a picture or an MR scan, not HU")
+    elif low >= 0 and high > 255:
+        warnings.append(
+            f"no value below 0 (values {low:g} to {high:g}): not HU; an MR scan, or a CT whose "
+            "offset of 1024 was not taken off?"
+        )
+    return tuple(warnings)
+
+
+def labels_to_sitk(labels: np.ndarray, like: Image) -> sitk.Image:
+    """``labels`` (z, y, x) as a SimpleITK image with the geometry of ``like``."""
+    image = sitk.GetImageFromArray(labels)
+    image.SetSpacing(like.spacing_mm)
+    image.SetOrigin(like.origin_mm)
+    image.SetDirection(like.direction)
+    return image
+
+
+_temporary: set[Path] = set()
+
+
+def remove_temporary_files() -> None:
+    """Removes what a write that is under way has made so far, on the way out of the process."""
+    for path in list(_temporary):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when all went well."""
+    suffix = strip_suffix(path.name)[1]
+    temporary = path.with_name(f".flare-clef.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")
+    _temporary.add(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _temporary.discard(temporary)
+
+
+def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
+    """Writes uint8 ``labels`` (z, y, x) with the geometry of ``like``, atomically.
+
+    The suffix decides the format. From NIfTI to NIfTI the header's geometry is repeated bit
+    for bit. Raises UserError where the file cannot be written; nothing is left behind then.
+    """
+    suffix = strip_suffix(path.name)[1].lower()
+    if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
+        raise UserError(f"{path}: labels are written as .nii.gz, .nii, .mha or .nrrd")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(path) as temporary:
+            if like.nifti_header is not None and suffix.startswith(".nii"):
+                content = nifti.label_file(labels, like.nifti_header)
+                if suffix == ".nii.gz":
+                    content = gzip.compress(content, compresslevel=1, mtime=0)
+                temporary.write_bytes(content)
+            else:
+                sitk.WriteImage(labels_to_sitk(labels, like), str(temporary), True, 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def describe(image: Image) -> dict[str, Any]:
+    """Geometry and values of a scan, for ``flare-clef info SCAN``."""
+    from flare_clef.preparation import canonical_axes
+
+    axes, flips = canonical_axes(image.direction)
+    letters = [""] * 3
+    for canonical, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
+        letters[2 - axis] = ("SI", "PA", "LR")[canonical][int(flip)]
+    size = image.array.shape[::-1]
+    sample = image.array[:: max(1, len(image.array) // 40), ::4, ::4].astype(np.float32)
+    sample = sample[np.isfinite(sample)]
+    quantiles = np.percentile(sample, [1, 50, 99]) if sample.size else [np.nan] * 3
+    return {
+        "size_voxels_x_y_z": list(size),
+        "spacing_mm": [round(s, 4) for s in image.spacing_mm],
+        "extent_mm": [round(n * s, 1) for n, s in zip(size, image.spacing_mm, strict=True)],
+        # Each letter names the direction towards which the stored x, y or z axis increases.
+        "orientation": "".join(letters),
+        "voxel_type": str(image.array.dtype),
+        "lowest_value": float(np.nanmin(image.array)),
+        "highest_value": float(np.nanmax(image.array)),
+        "percentiles_1_50_99": [round(float(q), 1) for q in quantiles],
+        "warnings": list(image.warnings) or "none",
+    }
