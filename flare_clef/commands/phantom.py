@@ -1,2 +1,0 @@
-def phantom() -> None:
-    """(being written)"""
