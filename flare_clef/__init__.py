@@ -1,7 +1,7 @@
 """flare-clef: 13 abdominal organs from a CT scan, on the scan's own grid.
 
-    from flare_clef import Segmenter
-    labels = Segmenter().predict("scan.nii.gz")
+from flare_clef import Segmenter
+labels = Segmenter().predict("scan.nii.gz")
 """
 
 from __future__ import annotations

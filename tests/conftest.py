@@ -10,6 +10,7 @@ import SimpleITK as sitk
 import torch
 
 from flare_clef.network import Architecture, SegmentationNetwork
+from flare_clef.preparation import prepare
 from flare_clef.weights import save_weights
 
 TINY = Architecture(
@@ -18,7 +19,7 @@ TINY = Architecture(
 TINY_GRID = 32
 
 
-def lively_network(architecture: Architecture = TINY, seed: int = 0) -> SegmentationNetwork:
+def lively_network(architecture: Architecture = TINY, seed: int = 2) -> SegmentationNetwork:
     """A network with random weights and statistics whose label maps hold many organs."""
     torch.manual_seed(seed)
     network = SegmentationNetwork(architecture).eval()
@@ -30,6 +31,9 @@ def lively_network(architecture: Architecture = TINY, seed: int = 0) -> Segmenta
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     with torch.no_grad():
         network.head[2].weight.mul_(6)
+        # Centred on a body, so that no one organ takes all of it.
+        volume, _ = prepare(body_hu(), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), TINY_GRID)  # type: ignore[misc]
+        network.head[2].bias.sub_(network(volume[None, None]).mean((0, 2, 3, 4)))
     return network
 
 
@@ -47,7 +51,9 @@ def body_hu(shape: tuple[int, int, int] = (20, 40, 44), seed: int = 0) -> np.nda
     radius = (y[None, :, None] / 0.7) ** 2 + (x[None, None, :] / 0.9) ** 2 + 0 * z[:, None, None]
     hu = np.where(radius < 1, 40.0, -1000.0)
     lump = (
-        (z[:, None, None] - 0.2) ** 2 + (y[None, :, None] + 0.1) ** 2 + (x[None, None, :] - 0.3) ** 2
+        (z[:, None, None] - 0.2) ** 2
+        + (y[None, :, None] + 0.1) ** 2
+        + (x[None, None, :] - 0.3) ** 2
     )
     hu[lump < 0.09] = 180
     noise = np.random.default_rng(seed).normal(0, 12, shape)

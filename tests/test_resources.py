@@ -472,7 +472,9 @@ def run_profile(
     folder: Path, *command: str, text: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-m", "flare_clef", "profile", "--output", str(folder), "--"]
-    return subprocess.run([*arguments, *command], input=text, capture_output=True, text=True)
+    return subprocess.run(
+        [*arguments, *command], input=text, capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 def test_command_passes_everything_through(tmp_path: Path) -> None:

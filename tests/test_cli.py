@@ -1,0 +1,185 @@
+"""The command line as a user or a harness runs it: real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import body_hu, write_scan
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flare_clef", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    write_scan(tmp_path / "in" / "a_0000.nii.gz")
+    write_scan(tmp_path / "in" / "b with space.mha", body_hu(seed=1))
+    return tmp_path / "in"
+
+
+def test_batch_with_bad_files_among_good_ones(scans: Path, tmp_path: Path, tiny_weights: Path):
+    (scans / "bad.nii.gz").write_bytes(b"text")
+    (scans / "empty.nii.gz").write_bytes(b"")
+    done = run("predict", scans, tmp_path / "out", "--weights", tiny_weights, "--json")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "4 case(s): 2 done, 2 failed" in done.stderr
+    rows = {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert {case: row["status"] for case, row in rows.items()} == {
+        "a": "done", "b with space": "done", "bad": "failed", "empty": "failed",
+    }  # fmt: skip
+    assert "empty (0 bytes)" in rows["empty"]["error"]
+    assert set(rows["a"]["seconds"]) == {"read", "prepare", "network", "restore", "write"}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b with space.mha"]
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
+    voxel_ml = 1.5 * 1.5 * 3.0 / 1000
+    assert rows["a"]["volume_ml"]["liver"] == pytest.approx(
+        (labels == 1).sum() * voxel_ml, abs=1e-3
+    )
+
+
+def test_skip_existing_and_quiet(scans: Path, tmp_path: Path, tiny_weights: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_text("kept")
+    options = ("--weights", tiny_weights, "--skip-existing", "--quiet")
+    done = run("predict", scans, tmp_path / "out", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out" / "a.nii.gz").read_text() == "kept"
+    assert (tmp_path / "out" / "b with space.mha").exists()
+
+
+def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights: Path):
+    for part in range(2):
+        done = run(
+            "predict", scans, tmp_path / f"out{part}", "--weights", tiny_weights,
+            "--shard", f"{part}/2",
+        )  # fmt: skip
+        assert done.returncode == 0
+    names = [[p.name for p in (tmp_path / f"out{k}").iterdir()] for k in range(2)]
+    assert names == [["a.nii.gz"], ["b with space.mha"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (("predict", "none", "out"), "no such file or folder", 1),
+        (("predict", "in", "out", "--memory-limit", "lots"), "expected a size such as 2G", 1),
+        (("predict", "in", "out", "--organs", "heart"), "organs: heart; known are", 1),
+        (("predict", "in", "out", "--device", "cuda:99"), "--device cuda:99", 1),
+        (("predict", "in", "out", "--weights", "none.safetensors"), "no such weights file", 1),
+        (("predict", "in", "in"), "would overwrite this input", 1),
+        (("predict", "in"), "Missing argument", 2),
+        (("segment",), "No such command", 2),
+    ],
+)
+def test_mistakes_get_one_line(scans: Path, arguments, words, code):
+    done = run(*arguments, cwd=scans.parent)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
+)
+def test_signals_end_it_at_once_and_leave_nothing_half(
+    tmp_path: Path, tiny_weights: Path, number: int, code: int
+):
+    for i in range(300):
+        write_scan(tmp_path / "in" / f"{i:03}.nii.gz")
+    command = [sys.executable, "-m", "flare_clef", "predict", str(tmp_path / "in")]
+    command += [str(tmp_path / "out"), "--weights", str(tiny_weights)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list((tmp_path / "out").glob("0*.nii.gz")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert "finished cases are kept" in stderr
+    files = list((tmp_path / "out").iterdir())
+    assert 0 < len(files) < 300
+    for path in files:
+        assert sitk.ReadImage(str(path)).GetSize() == (44, 40, 20)
+
+
+def test_two_processes_on_one_output_folder(scans: Path, tmp_path: Path, tiny_weights: Path):
+    command = [sys.executable, "-m", "flare_clef", "predict", str(scans), str(tmp_path / "out")]
+    command += ["--weights", str(tiny_weights), "--quiet"]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b with space.mha"]
+
+
+def test_info_of_weights_and_scan(scans: Path, tiny_weights: Path):
+    facts = json.loads(run("info", tiny_weights, "--json").stdout)
+    assert facts["weights"]["record"] == {"made": "by a test"}
+    assert facts["organs"][0] == "1 liver" and len(facts["organs"]) == 13
+    assert facts["device"].startswith("c") and "(" in facts["precision"]
+    facts = json.loads(run("info", scans / "a_0000.nii.gz", "--json").stdout)
+    assert facts["size_voxels_x_y_z"] == [44, 40, 20]
+    assert facts["spacing_mm"] == [1.5, 1.5, 3.0]
+    assert facts["orientation"] == "LPS"
+    assert facts["lowest_value"] == -1000
+    assert run("info", scans / "none.nii.gz").returncode == 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['flare-clef', '--help']\n"
+        "from flare_clef.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'SimpleITK', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "predict" in done.stdout
+
+
+def test_inference_imports_neither_scipy_nor_matplotlib():
+    code = (
+        "import sys, flare_clef.segmenter, flare_clef.batch\n"
+        "heavy = {'scipy', 'matplotlib', 'pandas', 'psutil'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_predict_sh_with_and_without_the_package_on_the_path(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    folder = Path(sys.executable).parent
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (bare / "python3").chmod(0o755)
+    for number, path in enumerate((f"{folder}:/usr/bin:/bin", f"{bare}:/usr/bin:/bin")):
+        out = tmp_path / f"out{number}"
+        done = subprocess.run(
+            ["sh", str(ROOT / "predict.sh"), str(scans), str(out), "--weights", str(tiny_weights)],
+            capture_output=True, text=True, env={**os.environ, "PATH": path}, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(list(out.iterdir())) == 2
+    first, second = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"out{k}" / "a.nii.gz")))
+        for k in range(2)
+    )
+    assert np.array_equal(first, second)

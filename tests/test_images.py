@@ -1,0 +1,371 @@
+"""Reading, checks and writing, with files as users bring them."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import body_hu, write_scan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flare_clef import images
+from flare_clef.errors import UserError
+from flare_clef.images import (
+    find_inputs,
+    image_from_array,
+    output_name,
+    read_image,
+    strip_suffix,
+    write_labels,
+)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_image(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+def rotation(a: float, b: float, c: float) -> tuple[float, ...]:
+    turn = np.eye(3)
+    for axis, angle in enumerate((a, b, c)):
+        i, j = [k for k in range(3) if k != axis]
+        part = np.eye(3)
+        part[i, i] = part[j, j] = np.cos(angle)
+        part[i, j], part[j, i] = -np.sin(angle), np.sin(angle)
+        turn = turn @ part
+    return tuple(turn.ravel())
+
+
+def patched(source: Path, target: Path, offset: int, form: str, *values: object) -> Path:
+    """``source`` (an uncompressed NIfTI) with header fields replaced."""
+    raw = bytearray(source.read_bytes())
+    struct.pack_into(form, raw, offset, *values)
+    target.write_bytes(raw)
+    return target
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    image = sitk.GetImageFromArray(body_hu())
+    image.SetSpacing((1.5, 1.25, 3.0))
+    sitk.WriteImage(image, str(tmp_path / "plain.nii"))
+    return tmp_path / "plain.nii"
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
+@given(angles=st.tuples(*[st.floats(-3, 3)] * 3), spacing=st.tuples(*[st.floats(0.3, 8)] * 3))
+@settings(max_examples=10, deadline=None)
+def test_geometry_is_simpleitks_and_comes_back_to_the_last_bit(
+    suffix: str, angles, spacing, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("geometry")
+    path = write_scan(folder / f"a{suffix}", spacing=spacing, direction=rotation(*angles))
+    expected = sitk.ReadImage(str(path))
+    image = read_image(path)
+    assert image.spacing_mm == expected.GetSpacing()
+    assert image.origin_mm == expected.GetOrigin()
+    assert image.direction == expected.GetDirection()
+    assert np.array_equal(image.array, sitk.GetArrayFromImage(expected))
+    labels = (image.array > 0).astype(np.uint8)
+    write_labels(labels, image, folder / f"b{suffix}")
+    again = sitk.ReadImage(str(folder / f"b{suffix}"))
+    assert again.GetPixelID() == sitk.sitkUInt8
+    for found, wanted in (
+        (again.GetSpacing(), expected.GetSpacing()),
+        (again.GetOrigin(), expected.GetOrigin()),
+        (again.GetDirection(), expected.GetDirection()),
+    ):
+        # NRRD stores the product of direction and spacing: taking it apart rounds once.
+        assert found == (
+            pytest.approx(wanted, abs=1e-14, rel=1e-14) if suffix == ".nrrd" else wanted
+        )
+    assert np.array_equal(sitk.GetArrayFromImage(again), labels)
+
+
+def test_nifti_header_geometry_is_repeated_byte_for_byte(plain: Path, tmp_path: Path):
+    write_labels(np.ones_like(body_hu(), dtype=np.uint8), read_image(plain), tmp_path / "l.nii")
+    old, new = plain.read_bytes(), (tmp_path / "l.nii").read_bytes()
+    assert old[76:108] == new[76:108]  # pixdim
+    assert old[252:344] == new[252:344]  # qform, sform and their codes
+    assert len(new) == 352 + body_hu().size
+
+
+def test_sheared_scan_is_read_and_kept(plain: Path, tmp_path: Path):
+    rows = (-1.5, 0.0, 0.6, 10.0, 0.0, -1.25, 0.0, 20.0, 0.0, 0.0, 3.0, 30.0)
+    path = patched(plain, tmp_path / "sheared.nii", 252, "<hh", 0, 1)
+    path = patched(path, path, 280, "<12f", *rows)
+    image = read_image(path)
+    third = np.array([-0.6, 0.0, 3.0])
+    assert image.spacing_mm == pytest.approx((1.5, 1.25, np.linalg.norm(third)))
+    assert np.reshape(image.direction, (3, 3))[:, 2] == pytest.approx(third / np.linalg.norm(third))
+    write_labels(np.zeros_like(body_hu(), dtype=np.uint8), image, tmp_path / "l.nii")
+    assert (tmp_path / "l.nii").read_bytes()[252:344] == path.read_bytes()[252:344]
+
+
+@pytest.mark.parametrize(
+    "kind", ["uint8", "int16", "uint16", "int32", "float32", "float64", "int8", "uint32"]
+)
+def test_voxel_types(tmp_path: Path, kind: str):
+    values = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(kind)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "a.nii.gz"))
+    image = read_image(tmp_path / "a.nii.gz")
+    assert np.array_equal(image.array, values)
+    assert image.array.dtype == (np.float32 if kind == "float64" else np.dtype(kind))
+
+
+def test_big_endian(tmp_path: Path):
+    values = np.arange(-12, 12, dtype=">i2").reshape(2, 3, 4)
+    raw = bytearray(352)
+    struct.pack_into(">i", raw, 0, 348)
+    struct.pack_into(">8h", raw, 40, 3, 4, 3, 2, 1, 1, 1, 1)
+    struct.pack_into(">hh", raw, 70, 4, 16)
+    struct.pack_into(">8f", raw, 76, 1, 1, 1, 1, 1, 1, 1, 1)
+    struct.pack_into(">f", raw, 108, 352)
+    raw[344:348] = b"n+1\0"
+    (tmp_path / "a.nii").write_bytes(bytes(raw) + values.tobytes())
+    assert np.array_equal(read_image(tmp_path / "a.nii").array, values)
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected"),
+    [(2.0, -1024.0, (2.0, -1024.0)), (0.0, 7.0, (1, 0)), (float("nan"), 7.0, (1, 0))],
+)
+def test_scaling(plain: Path, tmp_path: Path, slope, intercept, expected):
+    path = patched(plain, tmp_path / "scaled.nii", 112, "<ff", slope, intercept)
+    wanted = body_hu() * expected[0] + expected[1]
+    assert np.array_equal(read_image(path).array, wanted)
+
+
+def test_four_dimensions(plain: Path, tmp_path: Path):
+    one = patched(plain, tmp_path / "one.nii", 40, "<8h", 4, 44, 40, 20, 1, 1, 1, 1)
+    assert read_image(one).array.shape == (20, 40, 44)
+    two = patched(plain, tmp_path / "two.nii", 40, "<8h", 4, 44, 40, 10, 2, 1, 1, 1)
+    assert "4-D (44 x 40 x 10 x 2)" in refused(two)
+
+
+def test_tiny_scans(tmp_path: Path):
+    for shape in ((1, 40, 44), (3, 2, 1)):
+        path = write_scan(tmp_path / "a.nii.gz", np.zeros(shape, np.int16))
+        assert read_image(path).array.shape == shape
+
+
+def test_wrong_suffixes_about_compression_are_forgiven(plain: Path, tmp_path: Path):
+    (tmp_path / "not_zipped.nii.gz").write_bytes(plain.read_bytes())
+    (tmp_path / "zipped.nii").write_bytes(gzip.compress(plain.read_bytes()))
+    for name in ("not_zipped.nii.gz", "zipped.nii"):
+        image = read_image(tmp_path / name)
+        assert np.array_equal(image.array, body_hu())
+        assert image.spacing_mm == (1.5, 1.25, 3.0)
+
+
+def test_what_is_not_a_scan(tmp_path: Path, plain: Path):
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    zipped = gzip.compress(plain.read_bytes())
+    noise = np.random.default_rng(0).bytes(5000)
+    assert "no such file" in refused(tmp_path / "none.nii.gz")
+    assert "empty (0 bytes)" in refused(file("empty.nii.gz", b""))
+    assert "damaged gzip" in refused(file("cut.nii.gz", zipped[: len(zipped) // 2]))
+    assert "does not begin with a NIfTI header" in refused(file("noise.nii.gz", noise))
+    assert "348" in refused(file("text.nii.gz", b"just a text"))
+    assert "damaged gzip" in refused(file("magic.nii.gz", b"\x1f\x8b" + noise))
+    raw = plain.read_bytes()
+    assert f"{len(raw) - 100} bytes where its header promises {len(raw)}" in refused(
+        file("cut.nii", raw[:-100])
+    )
+    assert "cut: " in refused(file("cut_inside.nii.gz", gzip.compress(raw[:-100])))
+    assert "cannot be read as an image" in refused(file("noise.mha", noise))
+    assert "cannot be read as an image" in refused(file("noise.nrrd", noise))
+    assert "not a known kind" in refused(file("scan.jpg", noise))
+
+
+def test_unusable_headers(plain: Path, tmp_path: Path):
+    def changed(offset: int, form: str, *values: object) -> str:
+        return refused(patched(plain, tmp_path / "changed.nii", offset, form, *values))
+
+    assert "2-D (44 x 40)" in changed(40, "<3h", 2, 44, 40)
+    assert "impossible dimensions" in changed(40, "<2h", 3, -4)
+    assert "RGB" in changed(70, "<h", 128)
+    assert "complex" in changed(70, "<h", 32)
+    assert "unknown voxel type 999" in changed(70, "<h", 999)
+    assert "3 numbers a voxel" in changed(40, "<8h", 5, 44, 40, 2, 1, 3, 1, 1)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        assert f"spacing {bad:g}, 1.25, 3 mm" in changed(80, "<f", bad)
+
+
+def test_form_disagreement_is_a_warning(plain: Path, tmp_path: Path):
+    path = patched(plain, tmp_path / "moved.nii", 252, "<hh", 1, 1)
+    x_offset = struct.unpack_from("<f", path.read_bytes(), 280 + 12)[0]
+    path = patched(path, path, 280 + 12, "<f", x_offset + 25)
+    assert read_image(plain).warnings == ()
+    assert any("differ by up to 25.0 mm" in w for w in read_image(path).warnings)
+
+
+def test_vector_voxels_of_other_formats(tmp_path: Path):
+    image = sitk.GetImageFromArray(np.zeros((3, 4, 5, 3), np.uint8), isVector=True)
+    sitk.WriteImage(image, str(tmp_path / "rgb.mha"))
+    with pytest.raises(UserError, match="3 numbers a voxel"):
+        read_image(tmp_path / "rgb.mha")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.full((3, 4, 5), -1000.0), "will be empty"),
+        (np.full((3, 4, 5), 40.0), "all voxels have the same value (40)"),
+        (np.linspace(0, 255, 60).reshape(3, 4, 5), "picture or an MR"),
+        (np.linspace(0, 3000, 60).reshape(3, 4, 5), "offset of 1024"),
+        (np.where(np.arange(60) == 7, np.nan, -50.0 + np.arange(60)).reshape(3, 4, 5), "1 voxel"),
+        (np.where(np.arange(60) < 2, np.inf, -50.0 + np.arange(60)).reshape(3, 4, 5), "2 voxel"),
+        (np.full((3, 4, 5), np.nan), "60 voxel(s) are NaN"),
+    ],
+)
+def test_odd_values_are_warnings(values, words):
+    image = image_from_array(values.astype(np.float32), (1.0, 1.0, 1.0))
+    assert any(words in warning for warning in image.warnings)
+
+
+def test_an_ordinary_scan_has_no_warning():
+    assert image_from_array(body_hu(), (1.0, 1.0, 1.0)).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spacing_mm": (1.0, 0.0, 1.0)}, "must be above 0"),
+        ({"origin_mm": (0.0, float("nan"), 0.0)}, "origin"),
+        ({"direction": (1.0, 0, 0, 1.0, 0, 0, 0, 0, 1.0)}, "do not span a volume"),
+        ({"array": np.zeros((3, 4))}, "expected (z, y, x)"),
+        ({"array": np.zeros((3, 4, 5), complex)}, "expected numbers"),
+    ],
+)
+def test_arrays_are_checked_too(change, words):
+    arguments = {"array": body_hu(), "spacing_mm": (1.0, 1.0, 1.0), **change}
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        image_from_array(**arguments)
+
+
+def test_find_inputs(tmp_path: Path):
+    folder = tmp_path / "a folder with ünïcode"
+    for name in ("-b.nii.gz", "a#1%.mha", ".hidden.nii.gz"):
+        write_scan(folder / name)
+    (folder / "notes.txt").write_text("")
+    (folder / "linked.nii.gz").symlink_to(folder / "-b.nii.gz")
+    (folder / "dangling.nii.gz").symlink_to(folder / "nothing")
+    (folder / "loop.nii.gz").symlink_to(folder / "loop.nii.gz")
+    (folder / "round").symlink_to(folder)
+    found = [path.name for path in find_inputs(folder)]
+    assert found == ["-b.nii.gz", "a#1%.mha", "dangling.nii.gz", "linked.nii.gz", "loop.nii.gz"]
+    for name in ("dangling.nii.gz", "loop.nii.gz"):
+        refused(folder / name)
+    for name in ("-b.nii.gz", "a#1%.mha", "linked.nii.gz"):
+        assert np.array_equal(read_image(folder / name).array, body_hu())
+
+
+def test_find_inputs_refuses(tmp_path: Path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_inputs(tmp_path / "none")
+    with pytest.raises(UserError, match="no scan among its 0 entries"):
+        find_inputs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("case_0000.nii.gz", "case.nii.gz"),
+        ("case.nii.gz", "case.nii.gz"),
+        ("case_0001.nii.gz", "case_0001.nii.gz"),
+        ("a.b_0000.mha", "a.b.mha"),
+        ("series", "series.nii.gz"),
+    ],
+)
+def test_output_name(name: str, expected: str):
+    assert output_name(Path(name)) == expected
+
+
+def test_strip_suffix():
+    assert strip_suffix("a.b.NII.GZ") == ("a.b", ".NII.GZ")
+    assert strip_suffix("notes.txt") == ("notes.txt", "")
+    assert strip_suffix(".nii.gz") == (".nii.gz", "")
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch, suffix: str):
+    image = image_from_array(body_hu(), (1.0, 1.0, 1.0))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_labels(np.zeros(image.array.shape, np.uint8), image, tmp_path / f"l{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folder_that_is_a_file(tmp_path: Path):
+    (tmp_path / "out").write_text("")
+    image = image_from_array(body_hu(), (1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match="cannot be written"):
+        write_labels(np.zeros(image.array.shape, np.uint8), image, tmp_path / "out" / "l.nii.gz")
+
+
+def test_files_under_way_are_removed_on_the_way_out(tmp_path: Path):
+    with images._written_beside(tmp_path / "l.nii.gz") as temporary:
+        temporary.write_bytes(b"half")
+        images.remove_temporary_files()
+        assert list(tmp_path.iterdir()) == []
+        temporary.write_bytes(b"whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["l.nii.gz"]
+
+
+def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, tilt: float = 0.0):
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, z in enumerate(positions):
+        image = sitk.GetImageFromArray(np.full((1, size, size), int(z), np.int16))
+        for tag, value in {
+            "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2", "0008|103e": f"series {uid}",
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{number + 1}",
+            "0020|0013": str(99 - number), "0020|0032": f"0\\{z * tilt}\\{z}",
+            "0020|0037": "1\\0\\0\\0\\1\\0", "0028|1053": "1", "0028|1052": "-1024",
+        }.items():  # fmt: skip
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}-{number}.dcm"))
+        writer.Execute(image)
+
+
+def test_dicom_series(tmp_path: Path):
+    write_dicom(tmp_path / "s", [6, 0, 3, 9])
+    image = read_image(tmp_path / "s")
+    assert image.array[:, 0, 0].tolist() == [0, 3, 6, 9]
+    assert image.spacing_mm[2] == 3
+    assert find_inputs(tmp_path / "s") == [tmp_path / "s"]
+    assert find_inputs(tmp_path) == [tmp_path / "s"]
+
+
+def test_dicom_trouble(tmp_path: Path):
+    write_dicom(tmp_path / "two", [0, 3], uid="1.2.3")
+    write_dicom(tmp_path / "two", [0, 3, 6], uid="1.2.4")
+    assert "2 DICOM series" in refused(tmp_path / "two")
+    write_dicom(tmp_path / "gap", [0, 3, 6, 12, 15])
+    assert "slices are missing: 6.00 mm between the slices at 6.0 and 12.0 mm" in refused(
+        tmp_path / "gap"
+    )
+    write_dicom(tmp_path / "uneven", [0, 3, 6, 9.5, 12.5])
+    assert "uneven spacing: 3.50 mm" in refused(tmp_path / "uneven")
+    write_dicom(tmp_path / "tilted", [0, 3, 6, 9], tilt=0.2)
+    assert "gantry tilt of 11.3 degrees" in refused(tmp_path / "tilted")
+    (tmp_path / "none").mkdir()
+    assert "no DICOM series" in refused(tmp_path / "none")

@@ -1,0 +1,97 @@
+"""Slabs and folding give the plain module's result; limits are kept or refused."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import TINY, lively_network
+
+from flare_clef import inference
+from flare_clef.errors import UserError
+from flare_clef.inference import FoldedNetwork
+from flare_clef.network import Architecture
+from flare_clef.precision import choose_device, choose_precision
+
+CPU = torch.device("cpu")
+DEEPER_TOP = Architecture(
+    widths=(4, 8, 16), encoder_convs=(3, 2, 2), decoder_convs=(3, 2), head_channels=4
+)
+
+
+@pytest.mark.parametrize("architecture", [TINY, DEEPER_TOP])
+@pytest.mark.parametrize("slices", [2, 6, 8, 16, 64])
+@pytest.mark.parametrize("grid", [(32, 32, 32), (36, 12, 20)])
+def test_slabs_equal_the_plain_module(architecture, slices, grid, monkeypatch):
+    network = lively_network(architecture)
+    monkeypatch.setattr(inference, "SLAB_SLICES", (slices,))
+    volume = torch.rand(grid) * 2 - 1
+    with torch.no_grad():
+        plain = network(volume[None, None])[0]
+    found = FoldedNetwork(network, CPU, "fp32")(volume)
+    assert found.shape == plain.shape
+    assert (found - plain).abs().max() < 1e-4 * (plain.max() - plain.min())
+
+
+def test_the_full_architecture_and_bf16():
+    network = lively_network(Architecture())
+    volume = torch.rand(64, 64, 64) * 2 - 1
+    with torch.no_grad():
+        plain = network(volume[None, None])[0]
+    spread = plain.max() - plain.min()
+    assert (FoldedNetwork(network, CPU, "fp32")(volume) - plain).abs().max() < 1e-4 * spread
+    half = FoldedNetwork(network, CPU, "bf16")(volume)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - plain).abs().mean() < 0.02 * spread
+
+
+def test_a_limit_makes_slabs_thinner_and_changes_nothing():
+    folded = FoldedNetwork(lively_network(), CPU, "fp32")
+    volume = torch.rand(64, 64, 64) * 2 - 1
+    free = folded.plan((64, 64, 64), None)
+    tight = folded.plan((64, 64, 64), free.peak_bytes - 1)
+    assert tight.slab_slices < free.slab_slices and tight.peak_bytes < free.peak_bytes
+    limited = folded(volume, memory_limit_bytes=free.peak_bytes - 1)
+    assert torch.allclose(limited, folded(volume), atol=1e-5)
+
+
+def test_an_impossible_limit_names_the_least_figure():
+    folded = FoldedNetwork(lively_network(Architecture()), CPU, "fp32")
+    with pytest.raises(UserError, match=r"needs at least \d+ MiB at 192 x 192 x 192, 100 MiB"):
+        folded.plan((192, 192, 192), 100 * 2**20)
+
+
+def test_threads_share_one_network():
+    folded = FoldedNetwork(lively_network(), CPU, "fp32")
+    volumes = [torch.rand(16, 16, 16) for _ in range(8)]
+    alone = [folded(volume) for volume in volumes]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(folded, volumes))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_devices():
+    assert choose_device("cpu") == (CPU, "asked for")
+    for wrong in ("gpu", "cuda:x", "cpu:1", ""):
+        with pytest.raises(UserError, match="expected auto, cpu, cuda or cuda:N"):
+            choose_device(wrong)
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == (CPU, "no GPU found")
+        with pytest.raises(UserError, match="use --device cpu or auto"):
+            choose_device("cuda:3")
+
+
+def test_precisions(monkeypatch):
+    chosen, why = choose_precision("auto", CPU, 1)
+    assert chosen in ("fp32", "bf16") and "fp32 " in why and "bf16 " in why
+    times = {torch.float32: 0.003, torch.bfloat16: 0.007}
+    monkeypatch.setattr("flare_clef.precision._convolution_seconds", times.__getitem__)
+    assert choose_precision("auto", CPU, 1)[0] == "fp32"
+    times[torch.bfloat16] = 0.001
+    assert choose_precision("auto", CPU, 1)[0] == "bf16"
+    assert choose_precision("fp32", CPU, 1) == ("fp32", "asked for")
+    with pytest.raises(UserError, match="for GPUs only"):
+        choose_precision("fp16", CPU, 1)
+    with pytest.raises(UserError, match="expected auto"):
+        choose_precision("int4", CPU, 1)

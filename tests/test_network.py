@@ -1,0 +1,59 @@
+"""The network against the plain torch form of what the paper says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+from torch.nn import functional
+
+from flare_clef.network import (
+    Architecture,
+    MergeBlock,
+    SegmentationNetwork,
+    fold_upsampling,
+    parameter_count,
+)
+
+
+def test_33_0_million_parameters():
+    with torch.device("meta"):
+        network = SegmentationNetwork()
+    assert parameter_count(network) == 32_972_125
+    assert f"{parameter_count(network) / 1e6:.1f}" == "33.0"
+
+
+def test_head_is_two_pointwise_convolutions():
+    convolutions = [m for m in SegmentationNetwork(TINY).head if isinstance(m, nn.Conv3d)]
+    assert [c.kernel_size for c in convolutions] == [(1, 1, 1)] * 2
+    assert convolutions[-1].out_channels == 13
+
+
+def test_folded_upsampling_equals_doubling_and_convolving():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 4, 5, 6, dtype=torch.float64)
+    weight = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64)
+    plain = functional.conv3d(functional.interpolate(x, scale_factor=2), weight, padding=1)
+    folded = functional.conv_transpose3d(x, fold_upsampling(weight), stride=2, padding=1)
+    assert torch.allclose(folded, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 10])
+def test_merge_equals_upsample_concatenate_convolve(size: int):
+    torch.manual_seed(0)
+    block = MergeBlock(3, 5, 4).double()
+    skip = torch.randn(1, 3, *(2 * size,) * 3, dtype=torch.float64)
+    coarse = torch.randn(1, 5, *(size,) * 3, dtype=torch.float64)
+    joined = torch.cat([skip, functional.interpolate(coarse, scale_factor=2)], 1)
+    plain = functional.conv3d(joined, block.conv.weight, padding=1)
+    assert torch.allclose(block.merge(skip, coarse), plain, atol=1e-12)
+
+
+def test_output_shape_on_an_anisotropic_grid():
+    assert SegmentationNetwork(TINY)(torch.zeros(1, 1, 8, 12, 16)).shape == (1, 13, 8, 12, 16)
+
+
+def test_architecture_is_checked():
+    with pytest.raises(ValueError, match="encoder_convs"):
+        Architecture(widths=(4, 8))

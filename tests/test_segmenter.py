@@ -1,0 +1,92 @@
+"""The Python interface, end to end with a tiny network."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import body_hu, write_scan
+from test_preparation import all_48, stored_as
+
+from flare_clef import ORGANS, Segmenter
+from flare_clef.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_weights):
+    return Segmenter(tiny_weights, precision="fp32")
+
+
+def test_path_image_and_array_agree(segmenter, tmp_path):
+    path = write_scan(tmp_path / "a.nii.gz", direction=(0.0, 1, 0, -1, 0, 0, 0, 0, 1.0))
+    image = sitk.ReadImage(str(path))
+    from_path = segmenter.predict(path)
+    from_image = segmenter.predict(image)
+    from_array = segmenter.predict(
+        sitk.GetArrayFromImage(image),
+        spacing_mm=image.GetSpacing(),
+        origin_mm=image.GetOrigin(),
+        direction=image.GetDirection(),
+    )
+    assert isinstance(from_array, np.ndarray) and from_array.dtype == np.uint8
+    assert len(np.unique(from_array)) > 3
+    for found in (from_path, from_image):
+        assert np.array_equal(sitk.GetArrayFromImage(found), from_array)
+        assert found.GetDirection() == image.GetDirection()
+        assert found.GetSpacing() == image.GetSpacing()
+        assert found.GetOrigin() == image.GetOrigin()
+
+
+def test_48_orientations_give_the_same_labels(segmenter):
+    hu = body_hu()
+    expected = segmenter.predict(hu, spacing_mm=(1.5, 1.5, 3.0))
+    for axes, flips, direction in all_48():
+        spacing = np.array((3.0, 1.5, 1.5))[np.argsort(axes)][::-1]
+        found = segmenter.predict(
+            stored_as(hu, axes, flips), spacing_mm=tuple(spacing), direction=direction
+        )
+        assert np.array_equal(found, stored_as(expected, axes, flips))
+
+
+def test_threads_give_what_one_thread_gives(segmenter):
+    scans = [body_hu(seed=seed) for seed in range(4)]
+    alone = [segmenter.predict(scan, spacing_mm=(1, 1, 1)) for scan in scans]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda s: segmenter.predict(s, spacing_mm=(1, 1, 1)), scans))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_organs(segmenter):
+    hu = body_hu()
+    everything = segmenter.predict(hu, spacing_mm=(1, 1, 1))
+    names = [o.name for o in ORGANS if o.index in np.unique(everything)[1:3]]
+    kept = [o.index for o in ORGANS if o.name in names]
+    some = segmenter.predict(hu, spacing_mm=(1, 1, 1), organs=names)
+    assert np.array_equal(some, np.where(np.isin(everything, kept), everything, 0))
+    with pytest.raises(UserError, match="organs: heart; known are liver"):
+        segmenter.predict(hu, spacing_mm=(1, 1, 1), organs=["heart"])
+
+
+def test_odd_scans_end_without_a_crash(segmenter):
+    for hu in (
+        np.full((3, 4, 5), -1000, np.int16),
+        np.full((3, 4, 5), 40, np.int16),
+        np.zeros((1, 1, 1), np.uint8),
+        np.zeros((3, 2, 1), np.float64),
+        np.full((2, 3, 4), np.nan),
+    ):
+        assert segmenter.predict(hu, spacing_mm=(1, 1, 1)).shape == hu.shape
+    assert not segmenter.predict(np.full((3, 4, 5), -1000), spacing_mm=(1, 1, 1)).any()
+
+
+def test_an_array_needs_its_spacing(segmenter):
+    with pytest.raises(UserError, match="needs spacing_mm"):
+        segmenter.predict(body_hu())
+
+
+def test_a_memory_limit_that_cannot_be_kept_is_refused(tiny_weights):
+    small = Segmenter(tiny_weights, precision="fp32", memory_limit_bytes=2**20)
+    with pytest.raises(UserError, match="raise --memory-limit"):
+        small.predict(body_hu(), spacing_mm=(1, 1, 1))

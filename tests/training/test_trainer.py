@@ -1,0 +1,256 @@
+"""Recipes, cases, schedule, augmentation, and a whole small training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import TINY, body_hu, lively_network, write_scan
+
+from flare_clef.errors import UserError
+from flare_clef.training.augmentation import AugmentationSettings, augment, draw_affine
+from flare_clef.training.cases import find_cases, prepare_case
+from flare_clef.training.checkpoints import BEFORE, LAST, load_checkpoint, save_checkpoint
+from flare_clef.training.finetuning import (
+    Finetuning,
+    FinetuningPlan,
+    Stage,
+    draw_order,
+    freeze_statistics,
+)
+from flare_clef.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_folder(folder: Path, count: int = 3) -> Path:
+    """Bodies whose lump is liver, with ``cases.json``."""
+    entries = {}
+    for seed in range(count):
+        hu = body_hu(seed=seed)
+        write_scan(folder / "images" / f"c{seed}_0000.nii.gz", hu)
+        write_scan(folder / "labels" / f"c{seed}.nii.gz", (hu > 120).astype(np.uint8))
+        entries[f"c{seed}"] = {"organs": ["liver"], "source": "made by a test"}
+    (folder / "cases.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = make_folder(tmp_path_factory.mktemp("data"))
+    store = folder / "store"
+    return [prepare_case(case, store, 32) for case in find_cases(folder)]
+
+
+def test_prepared_labels_lie_on_the_lump(prepared):
+    image, labels = prepared[0].image, prepared[0].labels
+    assert image.dtype == np.float16 and labels.dtype == np.uint8
+    assert image[labels == 1].mean() > 0.4 > 0 > image[labels == 0].mean()
+    assert prepared[0].case.labelled.tolist() == [True] + [False] * 12
+
+
+def test_bad_pairs_are_named(tmp_path: Path):
+    folder = make_folder(tmp_path, 1)
+    write_scan(folder / "labels" / "c0.nii.gz", np.zeros((5, 6, 7), np.uint8))
+    (case,) = find_cases(folder)
+    with pytest.raises(UserError, match=r"c0.nii.gz: \(5, 6, 7\) voxels"):
+        prepare_case(case, tmp_path / "store", 32)
+    write_scan(folder / "labels" / "c0.nii.gz", np.full((20, 40, 44), 14, np.uint8))
+    with pytest.raises(UserError, match="holds the label 14"):
+        prepare_case(case, tmp_path / "store", 32)
+    with pytest.raises(UserError, match="no cases.json"):
+        find_cases(tmp_path / "elsewhere" / "data")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed = 1", "unknown key 'seed'"),
+        ("[finetune]\nseed = 'x'\nstages = []", "seed = 'x': must be a whole number"),
+        ("[finetune]\nstages = []", "no stage"),
+        ("[finetune]\nstages = [{grid = 50, steps = 1, learning_rate = [1, 1]}]", "multiple of 32"),
+        ("[finetune]\nstages = [{grid = 64, steps = 0, learning_rate = [1, 1]}]", "1 or more"),
+        ("[finetune]\nstages = [{grid = 64, steps = 1, learning_rate = 1}]", "must be a list"),
+        ("[finetune]\nstages = [{grid = 64}]", "missing"),
+        ("[finetune]\nloss = 'l2'\nstages = [{grid = 64, steps = 1, learning_rate = [1, 1]}]",
+         "must be 'softmax' or 'sigmoid'"),
+        ("[network]\nwidths = [4]", "encoder_convs needs one number per level"),
+        ("not toml", "not TOML"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_get_one_line(tmp_path: Path, text: str, words: str):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "r.toml")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_shipped_recipe_loads_and_takes_overrides():
+    recipe = load_recipe(ROOT / "recipes" / "flare_clef.toml", ["finetune.seed=7"])
+    assert recipe.finetune.seed == 7
+    assert [stage.grid for stage in recipe.finetune.stages] == [96, 128, 192]
+    assert recipe.finetune.frozen_at(recipe.finetune.steps - 1)
+    assert len(recipe.data.validation) == 4
+
+
+def test_learning_rate_by_hand():
+    plan = FinetuningPlan(
+        stages=(Stage(32, 5, (1e-2, 1e-3)), Stage(32, 2, (5e-4, 1e-4))), warmup_steps=2
+    )
+    rates = [plan.learning_rate(step) for step in range(7)]
+    # Half a cosine from first to last, halved in the first step of two that warm up.
+    assert rates[0] == pytest.approx(0.5e-2)
+    assert rates[2] == pytest.approx((1e-2 + 1e-3) / 2)
+    assert rates[4:] == pytest.approx([1e-3, 5e-4, 1e-4])
+
+
+def test_every_case_in_turn_and_repeats(prepared):
+    plan = FinetuningPlan(stages=(Stage(32, 100, (1, 1)),), repeats={"c1": 0.5})
+    order = draw_order(plan, prepared)
+    assert order == draw_order(plan, prepared)
+    assert [order.count(k) for k in range(3)] == [40, 20, 40]
+
+
+def test_augmentation_moves_image_and_labels_alike():
+    """A bright ball and its label stay on each other, whatever the deformation."""
+    z, y, x = torch.meshgrid(*[torch.linspace(-1, 1, 48)] * 3, indexing="ij")
+    ball = (z - 0.2) ** 2 + (y + 0.1) ** 2 + (x - 0.3) ** 2 < 0.1
+    image, labels = torch.where(ball, 0.8, -0.2), ball.to(torch.uint8)
+    quiet = AugmentationSettings(
+        gain=0, offset_hu=0, gamma=0, noise_hu=0, blur_probability=0, clip_probability=0
+    )
+    for seed in range(10):
+        moved, marks = augment(
+            image, labels, (32, 40, 48), quiet, torch.Generator().manual_seed(seed)
+        )
+        bright, marked = moved > 0.3, marks == 1
+        assert marked.sum() > 200
+        assert 2 * (bright & marked).sum() / (bright.sum() + marked.sum()) > 0.93
+
+
+def test_augmentation_is_decided_by_its_seed_and_never_mirrors():
+    image, labels = torch.rand(16, 16, 16) * 2 - 1, torch.zeros(16, 16, 16, dtype=torch.uint8)
+    settings = AugmentationSettings()
+    one, two, other = (
+        augment(image, labels, (16, 16, 16), settings, torch.Generator().manual_seed(s))[0]
+        for s in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert one.min() >= -1 and one.max() <= 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        affine = draw_affine(settings, generator)[:, :3]
+        assert (affine.diagonal() > 0.3).all() and torch.linalg.det(affine) > 0
+
+
+def test_air_stays_air():
+    image = torch.full((16, 16, 16), -1.0)
+    image[8:] = 0.1
+    settings = AugmentationSettings(
+        scale=0, axis_scale=0, rotation_degrees=0, shift=0, view_probability=0, elastic=0
+    )
+    labels = torch.zeros(16, 16, 16, dtype=torch.uint8)
+    for seed in range(20):
+        out, _ = augment(image, labels, (16,) * 3, settings, torch.Generator().manual_seed(seed))
+        assert (out[:7] == -1).all()
+
+
+def test_frozen_statistics_are_the_mean_over_the_volumes():
+    network = lively_network(TINY)
+    volumes = [torch.rand(1, 1, 16, 16, 16) * 2 - 1 for _ in range(3)]
+    freeze_statistics(network, volumes, "fp32")
+    first = network.backbone.encoder[0][0]
+    with torch.no_grad():
+        means = [first.conv(volume).mean((0, 2, 3, 4)) for volume in volumes]
+    assert torch.allclose(first.norm.running_mean, torch.stack(means).mean(0), atol=1e-6)
+    assert not first.norm.training
+
+
+def test_damaged_checkpoint_falls_back(tmp_path: Path, capsys):
+    assert load_checkpoint(tmp_path) is None
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step})
+    assert load_checkpoint(tmp_path)["step"] == 2
+    (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:50])
+    assert load_checkpoint(tmp_path)["step"] == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {LAST, BEFORE}
+
+
+def _plan(steps: int) -> FinetuningPlan:
+    return FinetuningPlan(
+        stages=(Stage(32, steps, (1e-2, 1e-3), freeze_after=0.5),), warmup_steps=3
+    )
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_parameters(prepared, tmp_path: Path):
+    torch.use_deterministic_algorithms(False)
+    whole = Finetuning(_plan(8), prepared, tmp_path / "whole", architecture=TINY).run()
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 4:
+            raise Stop
+
+    broken = Finetuning(
+        _plan(8), prepared, tmp_path / "broken", architecture=TINY, on_step=stop,
+        checkpoint_seconds=0,
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        broken.run()
+    resumed = Finetuning(_plan(8), prepared, tmp_path / "broken", architecture=TINY)
+    assert 0 < resumed.step < 8
+    again = resumed.run()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_train_finetune_learns_and_predict_uses_it(tmp_path: Path):
+    """From scans to a weights file by the command, and with it a scan it has not seen."""
+    from typer.testing import CliRunner
+
+    from flare_clef import Segmenter
+    from flare_clef.cli import app
+    from flare_clef.metrics import dice
+
+    make_folder(tmp_path / "data", 4)
+    (tmp_path / "r.toml").write_text(
+        """
+        validate_every_steps = 1000
+        [data]
+        folders = ["data"]
+        validation = ["c3"]
+        grid = 32
+        [network]
+        widths = [4, 8, 16]
+        encoder_convs = [1, 2, 2]
+        decoder_convs = [1, 2]
+        head_channels = 4
+        [[finetune.stages]]
+        grid = 32
+        steps = 240
+        learning_rate = [2e-2, 1e-3]
+        freeze_after = 0.7
+        """
+    )
+    done = CliRunner().invoke(
+        app,
+        ["train", "finetune", str(tmp_path / "r.toml"), "--output", str(tmp_path / "run"),
+         "--precision", "fp32"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    segmenter = Segmenter(tmp_path / "run" / "weights.safetensors", precision="fp32")
+    assert segmenter.weights.record["trained_on"].keys() == {"c0", "c1", "c2"}
+    found = segmenter.predict(tmp_path / "data" / "images" / "c3_0000.nii.gz")
+    truth = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "data" / "labels" / "c3.nii.gz")))
+    score = dice(sitk.GetArrayFromImage(found), truth, 1)
+    assert score > 0.9
+    assert segmenter.weights.record["validation_dice"]["c3"]["liver"] == pytest.approx(
+        score, abs=1e-3
+    )
