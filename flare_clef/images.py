@@ -313,16 +313,24 @@ def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as temporary:
             if like.nifti_header is not None and suffix.startswith(".nii"):
-                content = nifti.label_file(labels, like.nifti_header)
-                if suffix == ".nii.gz":
-                    content = gzip.compress(content, compresslevel=1, mtime=0)
-                temporary.write_bytes(content)
+                _write_nifti(labels, like.nifti_header, temporary, suffix == ".nii.gz")
             else:
                 sitk.WriteImage(labels_to_sitk(labels, like), str(temporary), True, 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool) -> None:
+    # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("wb"))
+        if compress:
+            file = stack.enter_context(gzip.GzipFile("", "wb", 1, file, mtime=0))
+        file.write(nifti.label_header(labels.shape, like))
+        for plane in labels:
+            file.write(np.ascontiguousarray(plane))
 
 
 def describe(image: Image) -> dict[str, Any]:

@@ -203,14 +203,14 @@ def sform_geometry(
     return tuple(spacing), tuple(affine[:3, 3]), tuple(direction.ravel())
 
 
-def label_file(labels: np.ndarray, like: bytes) -> bytes:
-    """A whole NIfTI-1 file of uint8 ``labels`` (z, y, x) with the geometry of header ``like``."""
+def label_header(shape: tuple[int, ...], like: bytes) -> bytes:
+    """What precedes the voxels of uint8 labels of ``shape`` (z, y, x), placed as ``like`` is."""
     order = "<" if struct.unpack_from("<i", like)[0] == HEADER_BYTES else ">"
     raw = bytearray(like[:HEADER_BYTES])
-    depth, height, width = labels.shape
+    depth, height, width = shape
     struct.pack_into(order + "8h", raw, 40, 3, width, height, depth, 1, 1, 1, 1)
     struct.pack_into(order + "hh", raw, 70, 2, 8)
     struct.pack_into(order + "fff", raw, 108, 352.0, 1.0, 0.0)
     struct.pack_into(order + "ff", raw, 124, 0.0, 0.0)
     raw[344:348] = b"n+1\0"
-    return bytes(raw) + b"\0" * 4 + np.ascontiguousarray(labels).tobytes()
+    return bytes(raw) + b"\0" * 4

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "flare_clef", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_signals_end_it_at_once_and_leave_nothing_half(
         write_scan(tmp_path / "in" / f"{i:03}.nii.gz")
     command = [sys.executable, "-m", "flare_clef", "predict", str(tmp_path / "in")]
     command += [str(tmp_path / "out"), "--weights", str(tiny_weights)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
         while not list((tmp_path / "out").glob("0*.nii.gz")):
             assert process.poll() is None
             time.sleep(0.02)
@@ -147,7 +147,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'numpy', 'SimpleITK', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "predict" in done.stdout
 
@@ -158,7 +158,7 @@ def test_inference_imports_neither_scipy_nor_matplotlib():
         "heavy = {'scipy', 'matplotlib', 'pandas', 'psutil'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 
