@@ -174,7 +174,7 @@ def test_predict_sh_with_and_without_the_package_on_the_path(
         out = tmp_path / f"out{number}"
         done = subprocess.run(
             ["sh", str(ROOT / "predict.sh"), str(scans), str(out), "--weights", str(tiny_weights)],
-            capture_output=True, text=True, env={**os.environ, "PATH": path}, cwd=tmp_path,
+            capture_output=True, encoding="utf-8", env={**os.environ, "PATH": path}, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert len(list(out.iterdir())) == 2
