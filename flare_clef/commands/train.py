@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from flare_clef.network import SegmentationNetwork
+    from flare_clef.training.recipe import Recipe
 
 train = typer.Typer(
     name="train", help="Make the weights from your own scans.", no_args_is_help=True
@@ -103,6 +107,7 @@ def finetune(
         prepared,
         output,
         architecture=recipe.network,
+        start=_start(recipe_path, recipe),
         precision=chosen,
         validate=judge if kept_aside else None,
         validate_at=range(every, plan.steps, every),
@@ -120,3 +125,19 @@ def finetune(
         hours=(time.monotonic() - began) / 3600,
     )
     typer.echo(f"wrote {output / 'weights.safetensors'}")
+
+
+def _start(recipe_path: Path, recipe: Recipe) -> SegmentationNetwork | None:
+    """The network that the recipe starts from, or None. Raises UserError if it cannot be."""
+    from flare_clef.errors import UserError
+    from flare_clef.weights import load_weights
+
+    if not recipe.finetune.start:
+        return None
+    weights = load_weights(recipe_path.parent / recipe.finetune.start)
+    if weights.architecture != recipe.network:
+        raise UserError(
+            f"{recipe_path}: finetune.start = {recipe.finetune.start!r}: its network is "
+            f"{weights.architecture}, the recipe's {recipe.network}; make [network] the same"
+        )
+    return weights.network()

@@ -55,6 +55,8 @@ class FinetuningPlan:
     dice_share: float = 1.0
     repeats: dict[str, float] = field(default_factory=dict)
     """How often a case is drawn, relative to 1 for those not named."""
+    start: str = ""
+    """A weights file to start from, relative to the recipe; empty: random weights."""
 
     @property
     def steps(self) -> int:
@@ -167,6 +169,7 @@ class Finetuning:
         folder: Path,
         *,
         architecture: Architecture | None = None,
+        start: SegmentationNetwork | None = None,
         precision: str = "fp32",
         validate: Callable[[SegmentationNetwork, int], DiceTable] | None = None,
         validate_at: Iterable[int] = (),
@@ -180,6 +183,8 @@ class Finetuning:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(plan.seed)
         self.network = SegmentationNetwork(architecture)
+        if start is not None:
+            self.network.load_state_dict(start.state_dict(), strict=False)
         self.network.to(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=True)
         self.step = 0
