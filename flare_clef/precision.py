@@ -15,6 +15,9 @@ from flare_clef.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_HOPELESS = 6.0
+"""So many times slower on a small trial, bf16 cannot win on a large one."""
+
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and why. Raises UserError."""
@@ -51,21 +54,33 @@ def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[s
         return wanted, "asked for"
     if device.type == "cuda":
         return "fp16", "the GPU's fast format"
-    seconds = {name: _convolution_seconds(PRECISIONS[name]) for name in ("fp32", "bf16")}
+    # Without the instructions bf16 is emulated and hundreds of times slower: a cube of 8 tells,
+    # where one of 32 would take longer than the whole scan.
+    seconds = _trial_seconds(side=8, rounds=2)
+    if seconds["bf16"] < _HOPELESS * seconds["fp32"]:
+        seconds = _trial_seconds(side=32, rounds=4)
     chosen = min(seconds, key=seconds.__getitem__)
-    times = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items())
+    times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
     return chosen, f"faster here: {times} for a trial with {threads} thread(s)"
 
 
-def _convolution_seconds(dtype: torch.dtype) -> float:
-    """Best of three of what the network mostly does, in small."""
-    x = torch.zeros(1, 32, 32, 32, 32, dtype=dtype).to(memory_format=torch.channels_last_3d)
-    weight = torch.zeros(32, 32, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last_3d)
-    best = float("inf")
+def _trial_seconds(side: int, rounds: int) -> dict[str, float]:
+    """Best time of fp32 and bf16 for what the network mostly does, on a cube of ``side``.
+
+    The formats take turns, so that a machine busy with something else slows both alike.
+    """
+    cases = {}
+    for name in ("fp32", "bf16"):
+        kind = {"dtype": PRECISIONS[name]}
+        x, weight = torch.zeros(1, 32, *(side,) * 3, **kind), torch.zeros(32, 32, 3, 3, 3, **kind)
+        cases[name] = [t.to(memory_format=torch.channels_last_3d) for t in (x, weight)]
+    best = dict.fromkeys(cases, float("inf"))
     with torch.inference_mode():
-        functional.conv3d(x, weight, padding=1)
-        for _ in range(3):
-            began = time.perf_counter()
-            functional.relu_(functional.conv3d(x, weight, padding=1))
-            best = min(best, time.perf_counter() - began)
+        # The first round is for the engine to choose its kernels; it doesn't count.
+        for turn in range(rounds + 1):
+            for name, (x, weight) in cases.items():
+                began = time.perf_counter()
+                functional.relu_(functional.conv3d(x, weight, padding=1))
+                if turn:
+                    best[name] = min(best[name], time.perf_counter() - began)
     return best
