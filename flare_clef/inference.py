@@ -11,13 +11,14 @@ only makes them thinner.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flare_clef.errors import UserError
-from flare_clef.network import ConvBlock, MergeBlock, SegmentationNetwork, fold_upsampling
+from flare_clef.network import ConvBlock, MergeBlock, SegmentationNetwork, blocks, fold_upsampling
 from flare_clef.precision import PRECISIONS
 
 SLAB_SLICES = (32, 16, 8, 4, 2)
@@ -72,12 +73,13 @@ class FoldedNetwork:
         self.device, self.dtype = device, PRECISIONS[precision]
         self.architecture = network.architecture
         backbone = network.backbone
-        self._encoder = [[self._conv(block) for block in stack] for stack in backbone.encoder]
-        self._merges = [self._merge(stack[0]) for stack in backbone.decoder]
-        self._decoder = [[self._conv(block) for block in stack[1:]] for stack in backbone.decoder]
+        encoder, decoder = blocks(backbone.encoder), blocks(backbone.decoder)
+        self._encoder = [[self._conv(block) for block in stack] for stack in encoder]
+        self._merges = [self._merge(cast(MergeBlock, stack[0])) for stack in decoder]
+        self._decoder = [[self._conv(block) for block in stack[1:]] for stack in decoder]
         self._head = [
-            (self._ready(layer.weight), layer.bias.detach().to(device, self.dtype))
-            for layer in (network.head[0], network.head[2])
+            (self._ready(layer.weight), cast(Tensor, layer.bias).detach().to(device, self.dtype))
+            for layer in (cast(nn.Conv3d, network.head[0]), cast(nn.Conv3d, network.head[2]))
         ]
 
     def _ready(self, weight: Tensor) -> Tensor:

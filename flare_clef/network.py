@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -138,19 +139,23 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
-        for level, stack in enumerate(self.encoder):
+        for level, stack in enumerate(blocks(self.encoder)):
             if level:
                 x = functional.max_pool3d(x, 2)
             for block in stack:
                 x = block(x)
             skips.append(x)
         skips.pop()
-        for level in reversed(range(len(self.decoder))):
-            merge, *rest = self.decoder[level]
-            x = merge(skips.pop(), x)
+        for merge, *rest in reversed(blocks(self.decoder)):
+            x = cast(MergeBlock, merge)(skips.pop(), x)
             for block in rest:
                 x = block(x)
         return x
+
+
+def blocks(levels: nn.ModuleList) -> list[list[ConvBlock]]:
+    """The blocks of each level, finest first; a decoder level's first is a MergeBlock."""
+    return [cast("list[ConvBlock]", list(cast(nn.ModuleList, level))) for level in levels]
 
 
 def _stack(inputs: int, width: int, convs: int) -> nn.ModuleList:

@@ -15,7 +15,7 @@ from flare_clef.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_HOPELESS = 6.0
+_HOPELESS = 3.0
 """So many times slower on a small trial, bf16 cannot win on a large one."""
 
 
@@ -56,7 +56,7 @@ def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[s
         return "fp16", "the GPU's fast format"
     # Without the instructions bf16 is emulated and hundreds of times slower: a cube of 8 tells,
     # where one of 32 would take longer than the whole scan.
-    seconds = _trial_seconds(side=8, rounds=2)
+    seconds = _trial_seconds(side=8, rounds=3)
     if seconds["bf16"] < _HOPELESS * seconds["fp32"]:
         seconds = _trial_seconds(side=32, rounds=4)
     chosen = min(seconds, key=seconds.__getitem__)
@@ -71,8 +71,8 @@ def _trial_seconds(side: int, rounds: int) -> dict[str, float]:
     """
     cases = {}
     for name in ("fp32", "bf16"):
-        kind = {"dtype": PRECISIONS[name]}
-        x, weight = torch.zeros(1, 32, *(side,) * 3, **kind), torch.zeros(32, 32, 3, 3, 3, **kind)
+        x = torch.zeros(1, 32, side, side, side, dtype=PRECISIONS[name])
+        weight = torch.zeros(32, 32, 3, 3, 3, dtype=PRECISIONS[name])
         cases[name] = [t.to(memory_format=torch.channels_last_3d) for t in (x, weight)]
     best = dict.fromkeys(cases, float("inf"))
     with torch.inference_mode():

@@ -180,7 +180,8 @@ def _architecture(stated: dict[str, Any]) -> Architecture:
     known = {f.name for f in fields(Architecture)}
     if set(stated) != known:
         raise ValueError(f"architecture has the keys {sorted(stated)}, expected {sorted(known)}")
-    return Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
+    return Architecture(**values)
 
 
 def checksum(path: Path) -> str:

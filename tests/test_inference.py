@@ -34,13 +34,22 @@ def test_slabs_equal_the_plain_module(architecture, slices, grid, monkeypatch):
     assert (found - plain).abs().max() < 1e-4 * (plain.max() - plain.min())
 
 
-def test_the_full_architecture_and_bf16():
+def test_the_full_architecture():
     network = lively_network(Architecture())
     volume = torch.rand(64, 64, 64) * 2 - 1
     with torch.no_grad():
         plain = network(volume[None, None])[0]
     spread = plain.max() - plain.min()
     assert (FoldedNetwork(network, CPU, "fp32")(volume) - plain).abs().max() < 1e-4 * spread
+
+
+def test_bf16_is_near_fp32():
+    # Small: without the instructions bf16 is emulated, some hundred times slower.
+    network = lively_network(DEEPER_TOP)
+    volume = torch.rand(32, 32, 32) * 2 - 1
+    with torch.no_grad():
+        plain = network(volume[None, None])[0]
+    spread = plain.max() - plain.min()
     half = FoldedNetwork(network, CPU, "bf16")(volume)
     assert half.dtype == torch.bfloat16
     assert (half.float() - plain).abs().mean() < 0.02 * spread
@@ -85,7 +94,7 @@ def test_devices():
 def test_precisions(monkeypatch):
     chosen, why = choose_precision("auto", CPU, 1)
     assert chosen in ("fp32", "bf16") and "fp32 " in why and "bf16 " in why
-    times = {8: {"fp32": 0.001, "bf16": 0.003}, 32: {"fp32": 0.003, "bf16": 0.007}}
+    times = {8: {"fp32": 0.001, "bf16": 0.002}, 32: {"fp32": 0.003, "bf16": 0.007}}
     sides = []
 
     def trial(side, rounds):
