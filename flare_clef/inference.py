@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flare_clef.errors import UserError
-from flare_clef.network import ConvBlock, MergeBlock, SegmentationNetwork, blocks, fold_upsampling
+from flare_clef.network import (
+    ConvBlock,
+    MergeBlock,
+    SegmentationNetwork,
+    blocks,
+    channels_last,
+    convolve,
+    fold_upsampling,
+)
 from flare_clef.precision import PRECISIONS
 
 SLAB_SLICES = (32, 16, 8, 4, 2)
@@ -33,7 +41,7 @@ class _Conv:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.relu_(functional.conv3d(x, self.weight, self.bias, padding=1))
+        return functional.relu_(convolve(x, self.weight, self.bias))
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class _Merge:
         return functional.conv_transpose3d(x, self.of_coarse, stride=2, padding=1)
 
     def skip(self, x: Tensor) -> Tensor:
-        return functional.conv3d(x, self.of_skip, self.bias, padding=1)
+        return convolve(x, self.of_skip, self.bias)
 
     def __call__(self, skip: Tensor, coarse: Tensor) -> Tensor:
         return functional.relu_(self.coarse(coarse).add_(self.skip(skip)))
@@ -145,7 +153,7 @@ class FoldedNetwork:
         """Slices [start, stop) of the finest encoder level."""
         depth, reach = x.shape[2], len(self._encoder[0])
         low, high = max(0, start - reach), min(depth, stop + reach)
-        part = x[:, :, low:high].contiguous(memory_format=torch.channels_last_3d)
+        part = channels_last(x[:, :, low:high])
         for conv in self._encoder[0]:
             part = conv(part)
         # Slices near a cut saw zeros in place of their neighbours: only [start, stop) is right.

@@ -30,6 +30,10 @@ _FOLD_FROM_CELLS = 8**3
 """Below so many coarse cells, folding the weights costs more than it saves."""
 
 
+_DIRECT_FROM_VOXELS = 16**3
+"""From so many voxels on, training too takes oneDNN's convolution (:func:`convolve`)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything that decides the network's shape; travels with the weights."""
@@ -74,7 +78,9 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm3d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu_(self.norm(self.conv(x)))
+        direct = x[0, 0].numel() >= _DIRECT_FROM_VOXELS
+        out = convolve(x, self.conv.weight) if direct else self.conv(x)
+        return functional.relu_(self.norm(out))
 
 
 class MergeBlock(ConvBlock):
@@ -102,6 +108,36 @@ class MergeBlock(ConvBlock):
 
     def forward(self, skip: Tensor, coarse: Tensor) -> Tensor:  # type: ignore[override]
         return functional.relu_(self.norm(self.merge(skip, coarse)))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """3x3x3 convolution, padding 1, by oneDNN wherever it can.
+
+    torch leaves fp32 inputs with channels x depth x height <= 20,480 (the one-channel scan,
+    thin slabs) to a plain kernel that first copies every voxel's 27 neighbours: three to seven
+    times slower here, and 27 times the input's memory.
+    """
+    direct = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not direct:
+        return functional.conv3d(x, weight, bias, padding=1)
+    one = (1, 1, 1)
+    return torch.mkldnn_convolution(x, weight, bias, one, one, one, 1)
+
+
+def channels_last(volume: Tensor) -> Tensor:
+    """A contiguous (1, 1, z, y, x) volume, no copy, with the strides of ``channels_last_3d``.
+
+    With one channel both layouts lie alike in memory and torch takes the strides' word for
+    which one it is; what follows (pooling above all) is up to ten times faster in this one.
+    """
+    _, _, depth, height, width = volume.shape
+    plane = height * width
+    return volume.contiguous().as_strided(volume.shape, (depth * plane, 1, plane, width, 1))
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
@@ -139,6 +175,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
+        x = channels_last(x)
         for level, stack in enumerate(blocks(self.encoder)):
             if level:
                 x = functional.max_pool3d(x, 2)
