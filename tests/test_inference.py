@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -69,6 +71,38 @@ def test_an_impossible_limit_names_the_least_figure():
     folded = FoldedNetwork(lively_network(Architecture()), CPU, "fp32")
     with pytest.raises(UserError, match=r"needs at least \d+ MiB at 192 x 192 x 192, 100 MiB"):
         folded.plan((192, 192, 192), 100 * 2**20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("slices", [32, 2])
+def test_the_peak_stays_under_the_plan(slices):
+    measured, planned = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(slices)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert 0.3 * int(planned) < int(measured) <= int(planned)
+
+
+_PEAK = """
+import sys
+import torch
+from flare_clef import inference
+from flare_clef.limits import keep_memory
+from flare_clef.network import SegmentationNetwork
+
+def kib(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+keep_memory()
+inference.SLAB_SLICES = (int(sys.argv[1]),)
+network = inference.FoldedNetwork(SegmentationNetwork().eval(), torch.device("cpu"), "fp32")
+volume = torch.zeros(128, 128, 128)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = kib("VmRSS")
+logits = network(volume)
+print(kib("VmHWM") - before, network.plan(volume.shape, None).peak_bytes // 1024)
+"""
 
 
 def test_threads_share_one_network():
