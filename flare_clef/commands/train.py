@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flare_clef.commands.train_prepare import prepare
+
 if TYPE_CHECKING:
     from flare_clef.network import SegmentationNetwork
     from flare_clef.training.recipe import Recipe
@@ -19,6 +21,9 @@ train = typer.Typer(
 @train.callback()
 def _train() -> None:
     pass
+
+
+train.command()(prepare)
 
 
 @train.command()

@@ -1,14 +1,11 @@
-"""The cases of a data folder, and their prepared volumes on disk.
+"""A case of a training set: its files, what is labelled in it, and its prepared volumes.
 
-A folder holds ``images/NAME_0000.nii.gz``, ``labels/NAME.nii.gz`` and a ``cases.json`` that
-says for each case which organs are labelled; an organ that is not stays out of its loss.
+Cases come from :mod:`flare_clef.training.datasets`, are judged by
+:mod:`flare_clef.training.checking` and prepared by :mod:`flare_clef.training.preparing`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +14,26 @@ import torch
 
 from flare_clef.errors import UserError
 from flare_clef.images import Image, read_image
-from flare_clef.organs import ORGAN_BY_NAME, ORGANS
-from flare_clef.preparation import Placement, place, prepare
+from flare_clef.organs import ORGANS
+from flare_clef.preparation import Placement
+from flare_clef.training.losses import UNDECIDED
 
-STORE_FORMAT = 1
+IMAGE_FILE, LABELS_FILE = "image.npy", "labels.npy"
+"""The arrays of a prepared case, in its folder."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan with labels for some organs."""
+    """One scan, with labels for some organs or for none."""
 
     name: str
     image: Path
-    labels: Path
+    labels: Path | None
+    """None: a scan for pre-training."""
     organs: tuple[str, ...]
     source: str = ""
+    renumbering: tuple[tuple[int, int], ...] = ()
+    """(value in the label file, ours) of every value it may hold; empty: it holds ours."""
 
     @property
     def labelled(self) -> torch.Tensor:
@@ -41,40 +43,94 @@ class Case:
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A case as the network sees it: memory-mapped, (z, y, x) canonical."""
+    """A case as the network sees it, canonical (z, y, x), in a folder of its own.
+
+    The volumes are mapped into memory each time they are asked for and let go with the array:
+    a mapping holds a file descriptor and the pages that were read, and a training set may
+    have thousands of cases.
+    """
 
     case: Case
-    image: np.ndarray
-    """float16 in (-1, 1)."""
-    labels: np.ndarray
-    """uint8, 0 to 13."""
+    folder: Path
     spacing_mm: tuple[float, float, float]
     """Of the prepared grid, (z, y, x)."""
 
+    @property
+    def image(self) -> np.ndarray:
+        """float16 in (-1, 1), read only."""
+        return np.load(self.folder / IMAGE_FILE, mmap_mode="r")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """uint8, 0 to 13 or ``UNDECIDED``, read only; all undecided without a label map."""
+        if self.case.labels is None:
+            return np.broadcast_to(np.uint8(UNDECIDED), self.image.shape)
+        return np.load(self.folder / LABELS_FILE, mmap_mode="r")
+
 
 def find_cases(folder: Path) -> list[Case]:
-    """The labelled cases of ``folder``, sorted by name. Raises UserError, one line."""
-    listed = folder / "cases.json"
-    if not listed.is_file():
-        listed = folder.parent / "cases.json"
-    if not listed.is_file():
-        raise UserError(f"{folder}: no cases.json here or above it; it names each case's organs")
-    entries = json.loads(listed.read_text())
-    entries = entries.get(folder.name, entries)
-    cases = []
-    for path in sorted((folder / "images").glob("*.nii.gz")):
-        name = path.name.removesuffix(".nii.gz").removesuffix("_0000")
-        labels = folder / "labels" / f"{name}.nii.gz"
-        if name not in entries or not labels.is_file():
-            continue
-        entry = entries[name]
-        unknown = [organ for organ in entry["organs"] if organ not in ORGAN_BY_NAME]
-        if unknown:
-            raise UserError(f"{listed}: case {name} names unknown organs {unknown}")
-        cases.append(Case(name, path, labels, tuple(entry["organs"]), entry.get("source", "")))
+    """The labelled cases of ``folder``, sorted by name. Raises UserError at the first fault."""
+    from flare_clef.training.datasets import read_dataset
+
+    dataset = read_dataset(folder)
+    if dataset.problems:
+        raise UserError(dataset.problems[0])
+    cases = [case for case in dataset.cases if case.labels is not None]
     if not cases:
         raise UserError(f"{folder}: no images/NAME_0000.nii.gz with labels/NAME.nii.gz")
     return cases
+
+
+def prepare_case(case: Case, store: Path, grid: int) -> PreparedCase:
+    """The prepared volumes of one case, as :func:`flare_clef.training.preparing.prepare_all`."""
+    from flare_clef.training.preparing import Store
+
+    store_of = Store(store, grid)
+    try:
+        return store_of.prepare(case).prepared
+    finally:
+        store_of.save_checksums()
+
+
+def read_labels(case: Case) -> Image:
+    """The label map of ``case`` in our numbers: uint8, 0 to 13 or ``UNDECIDED``.
+
+    Raises UserError, one line, where it cannot be read or holds other values.
+    """
+    if case.labels is None:
+        raise UserError(f"{case.image}: this case has no label map")
+    image = read_image(case.labels)
+    stored = image.array
+    array = stored if stored.dtype == np.uint8 else stored.astype(np.uint8)
+    if array is not stored and not np.array_equal(array, stored):
+        odd = stored[array != stored].flat[0]
+        raise UserError(f"{case.labels}: holds the value {odd}; {_allowed(case)}")
+    present = np.flatnonzero(histogram(array))
+    known = dict(case.renumbering) or {v: v for v in (*range(len(ORGANS) + 1), UNDECIDED)}
+    for value in present:
+        if int(value) not in known:
+            raise UserError(f"{case.labels}: holds the label {value}; {_allowed(case)}")
+    table = np.zeros(256, np.uint8)
+    for theirs, ours in known.items():
+        table[theirs] = ours
+    if any(table[value] != value for value in present):
+        array = table[array]
+    return Image(array, image.spacing_mm, image.origin_mm, image.direction, image.source)
+
+
+def _allowed(case: Case) -> str:
+    if case.renumbering:
+        named = ", ".join(str(theirs) for theirs, _ in case.renumbering)
+        return f"dataset.json gives a meaning to {named} only"
+    return f"only 0 to {len(ORGANS)} and {UNDECIDED} (undecided) have a meaning"
+
+
+def histogram(labels: np.ndarray) -> np.ndarray:
+    """(256,) voxels of each value of a uint8 array, slice by slice: bincount takes 8 bytes each."""
+    counts = np.zeros(256, np.int64)
+    for plane in labels:
+        counts += np.bincount(plane.ravel(), minlength=256)
+    return counts
 
 
 def place_labels(labels: np.ndarray, placement: Placement) -> np.ndarray:
@@ -88,61 +144,29 @@ def place_labels(labels: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def check_pair(case: Case, image: Image, labels: Image) -> None:
-    """Image and labels must lie on the same grid and hold only 0 to 13."""
+    """Image and labels must lie on the same grid: shape, spacing, axes and origin.
+
+    Raises UserError, one line. Origins may differ by a tenth of the smallest voxel side, which
+    is what headers in single precision leave.
+    """
     if image.array.shape != labels.array.shape:
         raise UserError(
             f"{case.labels}: {labels.array.shape} voxels (z, y, x), its image {image.array.shape}"
         )
     if not np.allclose(image.spacing_mm, labels.spacing_mm, rtol=1e-3):
         raise UserError(
-            f"{case.labels}: spacing {labels.spacing_mm} mm, its image {image.spacing_mm} mm"
+            f"{case.labels}: spacing {_shown(labels.spacing_mm)} mm, "
+            f"its image {_shown(image.spacing_mm)} mm"
         )
     if not np.allclose(image.direction, labels.direction, atol=1e-3):
         raise UserError(f"{case.labels}: its axes point elsewhere than those of its image")
-    highest = int(labels.array.max())
-    if highest > len(ORGANS):
-        raise UserError(f"{case.labels}: holds the label {highest}; only 0 to 13 have a meaning")
+    apart = np.linalg.norm(np.subtract(image.origin_mm, labels.origin_mm))
+    if apart > 0.1 * min(image.spacing_mm):
+        raise UserError(
+            f"{case.labels}: origin {_shown(labels.origin_mm)} mm, its image "
+            f"{_shown(image.origin_mm)} mm; copy the image's geometry if they belong together"
+        )
 
 
-def _key(case: Case, grid: int) -> str:
-    digest = hashlib.sha256(f"{STORE_FORMAT} {grid}".encode())
-    for path in (case.image, case.labels):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def prepare_case(case: Case, store: Path, grid: int) -> PreparedCase:
-    """The prepared volumes of ``case``, made once and kept under ``store`` by content."""
-    folder = store / f"{case.name}-{_key(case, grid)}"
-    if not folder.is_dir():
-        image, labels = read_image(case.image), read_image(case.labels)
-        check_pair(case, image, labels)
-        prepared = prepare(image.array, image.direction, grid)
-        if prepared is None:
-            raise UserError(f"{case.image}: no voxel above -500 HU, so there is no body in it")
-        volume, placement = prepared
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
-        np.save(temporary / "image.npy", volume.to(torch.float16).numpy())
-        np.save(temporary / "labels.npy", place_labels(labels.array.astype(np.uint8), placement))
-        record = {"spacing_mm": placement.grid_spacing_mm(image.spacing_mm)}
-        (temporary / "record.json").write_text(json.dumps(record))
-        os.replace(temporary, folder)
-    record = json.loads((folder / "record.json").read_text())
-    return PreparedCase(
-        case,
-        np.load(folder / "image.npy", mmap_mode="r"),
-        np.load(folder / "labels.npy", mmap_mode="r"),
-        tuple(record["spacing_mm"]),
-    )
-
-
-def placement_of(image: Image, grid: int) -> Placement:
-    """Placement of ``image`` without preparing it, for label maps alone."""
-    from flare_clef.preparation import body_box, canonical_axes, canonical_view
-
-    axes, flips = canonical_axes(image.direction)
-    box = body_box(canonical_view(image.array, axes, flips))
-    if box is None:
-        raise UserError(f"{image.source}: no voxel above -500 HU, so there is no body in it")
-    return place(image.array.shape, image.direction, box, grid)  # type: ignore[arg-type]
+def _shown(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(number, 3) for number in numbers)

@@ -13,7 +13,8 @@ from flare_clef.network import SegmentationNetwork
 from flare_clef.organs import ORGANS
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
-from flare_clef.training.cases import Case
+from flare_clef.training.cases import Case, read_labels
+from flare_clef.training.losses import UNDECIDED
 
 DiceTable = dict[str, dict[str, float]]
 """Dice by case and organ; organs that a case has no labels for are left out."""
@@ -28,12 +29,13 @@ def validate(
     folded = FoldedNetwork(network, torch.device("cpu"), precision)
     table: DiceTable = {}
     for case in cases:
-        image, reference = read_image(case.image), read_image(case.labels)
+        image, reference = read_image(case.image), read_labels(case)
         prepared = prepare(image.array, image.direction, grid)
         if prepared is None:
             continue
         volume, placement = prepared
         labels = restore(folded(volume), placement)
+        labels[reference.array == UNDECIDED] = 0
         scores = dice_per_organ(labels, reference.array, case.organs)
         table[case.name] = {name: round(value, 4) for name, value in scores.items()}
     return table

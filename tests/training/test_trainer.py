@@ -62,7 +62,7 @@ def test_bad_pairs_are_named(tmp_path: Path):
     write_scan(folder / "labels" / "c0.nii.gz", np.full((20, 40, 44), 14, np.uint8))
     with pytest.raises(UserError, match="holds the label 14"):
         prepare_case(case, tmp_path / "store", 32)
-    with pytest.raises(UserError, match="no cases.json"):
+    with pytest.raises(UserError, match="no such folder"):
         find_cases(tmp_path / "elsewhere" / "data")
 
 
