@@ -41,7 +41,7 @@ from flare_clef.training.cases import (
 )
 from flare_clef.training.checking import problems_of, warnings_of
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 _CHECKSUMS = "checksums.json"
 _MEMORY_PER_WORKER = 2 << 30
 """What a scan of 512 x 512 x 600 needs on its way into the store, with room to spare."""
@@ -139,7 +139,10 @@ class Store:
             if record is None:
                 raise UserError(f"{entry}: written, but cannot be read back; check the disk")
         spacing = tuple(record["spacing_mm"])
-        return Made(PreparedCase(case, entry, spacing), tuple(record["warnings"]))
+        # Without the file's name on disk: the data may have moved since.
+        files = {"image": case.image, "labels": case.labels}
+        warnings = tuple(f"{files[kind]}: {text}" for kind, text in record["warnings"])
+        return Made(PreparedCase(case, entry, spacing), warnings)
 
     def _key(self, case: Case) -> str:
         files = [self._checksum(path) for path in (case.image, case.labels) if path is not None]
@@ -182,7 +185,7 @@ class Store:
 def _make(case: Case, grid: int, folder: Path) -> None:
     """Reads, checks and prepares ``case`` into ``folder``."""
     image = read_image(case.image)
-    warnings = [f"{case.image}: {warning}" for warning in image.warnings]
+    warnings = [("image", warning) for warning in image.warnings]
     labels = None
     if case.labels is not None:
         labels = read_labels(case)
@@ -196,7 +199,7 @@ def _make(case: Case, grid: int, folder: Path) -> None:
         problems = problems_of(case, counts, placed)
         if problems:
             raise CaseProblems([f"{case.labels}: {problem}" for problem in problems])
-        warnings += [f"{case.labels}: {warning}" for warning in warnings_of(case, counts)]
+        warnings += [("labels", warning) for warning in warnings_of(case, counts)]
         np.save(folder / LABELS_FILE, placed)
     np.save(folder / IMAGE_FILE, volume.to(torch.float16).numpy())
     record = {"spacing_mm": placement.grid_spacing_mm(image.spacing_mm), "warnings": warnings}
