@@ -322,6 +322,16 @@ def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically. Raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
 def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool) -> None:
     # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
     with contextlib.ExitStack() as stack:
