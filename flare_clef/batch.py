@@ -19,6 +19,7 @@ from flare_clef.images import SUFFIXES, find_inputs, output_name, read_image, st
 if TYPE_CHECKING:
     import numpy as np
 
+    from flare_clef.extras import Extras
     from flare_clef.images import Image
     from flare_clef.segmenter import Segmentation, Segmenter
 
@@ -161,8 +162,12 @@ def run(
     on_stage: Callable[[Job, str], None],
     on_result: Callable[[CaseResult], None],
     measure_volumes: bool = False,
+    extras: Extras | None = None,
 ) -> None:
-    """Segments what ``reader`` reads; ``on_result`` hears of every job, from one thread."""
+    """Segments what ``reader`` reads; ``on_result`` hears of every job, from one thread.
+
+    ``extras`` is what is written beside the labels.
+    """
     writer = _Writer(on_result)
     for item in reader:
         result = CaseResult(item.job, seconds={"read": round(item.seconds, 3)})
@@ -172,7 +177,11 @@ def run(
             continue
         try:
             found = segmenter.segment(
-                item.image, organs=organs, on_stage=lambda s, job=item.job: on_stage(job, s)
+                item.image,
+                organs=organs,
+                on_stage=lambda s, job=item.job: on_stage(job, s),
+                with_confidence=extras is not None and extras.needs_confidence,
+                with_logits=extras is not None and extras.probabilities,
             )
         except UserError as problem:
             result.error = str(problem)
@@ -186,7 +195,7 @@ def run(
         on_stage(item.job, "write")
         writer.submit(
             lambda result=result, found=found, image=item.image: _write(
-                result, found, image, measure_volumes
+                result, found, image, measure_volumes, extras
             )
         )
         del found, item
@@ -194,7 +203,11 @@ def run(
 
 
 def _write(
-    result: CaseResult, found: Segmentation, image: Image, measure_volumes: bool
+    result: CaseResult,
+    found: Segmentation,
+    image: Image,
+    measure_volumes: bool,
+    extras: Extras | None,
 ) -> CaseResult:
     from flare_clef.images import write_labels
 
@@ -202,7 +215,10 @@ def _write(
     result.warnings = found.warnings
     result.seconds.update(found.seconds)
     try:
-        write_labels(found.labels, image, result.job.target)
+        if extras is None:
+            write_labels(found.labels, image, result.job.target)
+        else:
+            result.warnings += extras.write(result.job, found, image)
         if measure_volumes:
             result.volume_ml = volumes_ml(found.labels, image.spacing_mm)
         result.status = "done"

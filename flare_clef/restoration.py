@@ -55,6 +55,26 @@ def restore(
     return labels
 
 
+def mean_confidence(logits: Tensor) -> dict[int, float]:
+    """Per label value the mean sigmoid of its logit over the nodes that it wins, 0.5 to 1.
+
+    ``logits``: (13, z, y, x). A figure of the network's grid, not of the scan's voxels: it
+    costs a fraction of a second. Labels that win nowhere are absent.
+    """
+    sums, counts = torch.zeros(len(logits), dtype=torch.float64), torch.zeros(len(logits))
+    for z in range(logits.shape[1]):
+        top, channel = logits[:, z].detach().to("cpu", torch.float32).max(dim=0)
+        won = top >= 0
+        channel, sure = channel[won], torch.sigmoid(top[won]).double()
+        sums += torch.bincount(channel, sure, minlength=len(logits))
+        counts += torch.bincount(channel, minlength=len(logits))
+    return {
+        index + 1: float(total / count)
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True))
+        if count
+    }
+
+
 class _Axis:
     """Along one axis: for each voxel its two neighbouring nodes and the upper one's weight."""
 

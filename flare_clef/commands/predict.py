@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flare_clef.batch import CaseResult
     from flare_clef.progress import Progress
 
+BESIDE = "Beside the labels"
+
 
 def predict(
     input: Annotated[
@@ -60,6 +62,14 @@ def predict(
             help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays.",
         ),
     ] = None,
+    measurements: Annotated[
+        bool,
+        typer.Option(
+            "--measurements",
+            rich_help_panel=BESIDE,
+            help="Write measurements.csv and .json: volume in ml, HU, box in mm, parts, hints.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object a case on stdout, with volumes in ml.")
@@ -90,9 +100,16 @@ def predict(
     if todo:
         # The first scan is read while torch is still being imported.
         reader = batch.Reader(todo)
+        from flare_clef.extras import Extras
+        from flare_clef.measurements import MeasurementFiles
         from flare_clef.segmenter import Segmenter, organ_indices
 
-        organ_indices(names)
+        wanted = organ_indices(names)
+        extras = Extras(organs=wanted)
+        if measurements:
+            kept = [result.job.case for result in results]
+            folder = jobs[0].target.parent
+            extras.measurements = MeasurementFiles(folder, part=shard or "", kept=kept)
         segmenter = Segmenter(
             weights,
             device=device,
@@ -112,6 +129,7 @@ def predict(
             on_stage=lambda job, stage: progress.stage(job.case, stage),
             on_result=on_result,
             measure_volumes=json,
+            extras=extras,
         )
     progress.close()
     _summary(results, progress)

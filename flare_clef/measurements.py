@@ -1,0 +1,288 @@
+"""What a segmentation measures: volume, HU, size, parts, and hints that something is odd.
+
+One pass over the slices finds where each organ lies; all else looks at that box only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from flare_clef.errors import UserError
+from flare_clef.images import Image, write_bytes
+from flare_clef.organs import ORGANS, Organ
+from flare_clef.preparation import canonical_axes
+from flare_clef.version import __version__
+
+PERCENTILES = (5, 25, 75, 95)
+
+ADULT_ML: dict[str, tuple[float, float]] = {
+    "liver": (700, 3000),
+    "right_kidney": (70, 350),
+    "spleen": (40, 600),
+    "pancreas": (25, 180),
+    "aorta": (20, 300),
+    "inferior_vena_cava": (15, 200),
+    "right_adrenal_gland": (1, 15),
+    "left_adrenal_gland": (1, 15),
+    "gallbladder": (2, 150),
+    "esophagus": (3, 70),
+    "stomach": (30, 1500),
+    "duodenum": (15, 200),
+    "left_kidney": (70, 350),
+}
+"""Volumes that would surprise nobody in an adult, ml, rounded outwards. Our own choice, wide on
+purpose: a hint to look, not a verdict, and no reference values."""
+
+_SIDES = (
+    ("right_kidney", "left_kidney"),
+    ("right_adrenal_gland", "left_adrenal_gland"),
+    ("liver", "spleen"),
+)
+"""The first of each pair lies further to the patient's right."""
+
+_EDGES = (("inferior", "superior"), ("anterior", "posterior"), ("right", "left"))
+"""Names of the first and last slice along each canonical axis (z, y, x)."""
+
+
+@dataclass(frozen=True)
+class OrganMeasurement:
+    """One organ of one case. HU figures are None where the organ was not found."""
+
+    organ: str
+    label: int
+    volume_ml: float
+    hu_mean: float | None = None
+    hu_sd: float | None = None
+    hu_p05: float | None = None
+    hu_p25: float | None = None
+    hu_median: float | None = None
+    hu_p75: float | None = None
+    hu_p95: float | None = None
+    box_mm: tuple[float, float, float] | None = None
+    """Width (right to left), depth (front to back) and height of the box along the scan's axes."""
+    parts: int = 0
+    """Connected parts; voxels that touch by a face, an edge or a corner are one part."""
+    largest_part_percent: float | None = None
+    touches_edge: tuple[str, ...] = ()
+    """Sides of the scan that the organ reaches: it is probably cut there."""
+    confidence: float | None = None
+    """Mean sigmoid of the organ's logit over the grid nodes that it won, 0.5 to 1."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaseMeasurement:
+    """All organs of one case, in the order of ``ORGANS``."""
+
+    case: str
+    organs: tuple[OrganMeasurement, ...]
+    warnings: tuple[str, ...] = ()
+    """What concerns the case: a kidney missing, sides swapped."""
+
+    def all_warnings(self) -> list[str]:
+        """The case's and the organs', each with the organ's name before it."""
+        named = [f"{o.organ.replace('_', ' ')}: {w}" for o in self.organs for w in o.warnings]
+        return [*self.warnings, *named]
+
+
+def measure(
+    case: str,
+    labels: np.ndarray,
+    image: Image,
+    *,
+    organs: Collection[int] | None = None,
+    confidence: Mapping[int, float] | None = None,
+) -> CaseMeasurement:
+    """Measures ``labels`` (z, y, x; uint8) on the scan ``image`` of the same shape.
+
+    ``organs`` are the label values that were asked for (None: all). ``confidence`` gives the
+    mean confidence per label value, where it is known.
+    """
+    axes, flips = canonical_axes(image.direction)
+    wanted = [o for o in ORGANS if organs is None or o.index in organs]
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
+    found, centres = [], {}
+    for organ in wanted:
+        slices = np.flatnonzero(counts[:, organ.index])
+        if len(slices) == 0:
+            found.append(OrganMeasurement(organ.name, organ.index, 0.0))
+            continue
+        box, mask = _box(labels, organ.index, int(slices[0]), int(slices[-1]) + 1)
+        centres[organ.name] = _centre_mm(mask, box, image)
+        one = _measure_organ(organ, mask, box, image, axes, flips)
+        if confidence is not None and organ.index in confidence:
+            one = replace(one, confidence=round(confidence[organ.index], 4))
+        found.append(replace(one, warnings=_organ_warnings(one)))
+    return CaseMeasurement(case, tuple(found), _case_warnings(found, centres))
+
+
+def _box(labels: np.ndarray, index: int, first: int, last: int) -> tuple[Any, np.ndarray]:
+    """Slices (z, y, x) of the smallest box that holds a label, and its mask in that box."""
+    mask = labels[first:last] == index
+    flat = mask.any(axis=0)
+    y, x = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
+    rows, columns = slice(int(y[0]), int(y[-1]) + 1), slice(int(x[0]), int(x[-1]) + 1)
+    return (slice(first, last), rows, columns), np.ascontiguousarray(mask[:, rows, columns])
+
+
+def _centre_mm(mask: np.ndarray, box: Any, image: Image) -> np.ndarray:
+    """Centre of mass in LPS mm."""
+    index = []
+    for axis in range(3):
+        along = mask.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.int64)
+        index.append(box[axis].start + (along * np.arange(len(along))).sum() / along.sum())
+    steps = np.array(index[::-1]) * image.spacing_mm
+    return np.array(image.origin_mm) + np.reshape(image.direction, (3, 3)) @ steps
+
+
+def _measure_organ(
+    organ: Organ,
+    mask: np.ndarray,
+    box: Any,
+    image: Image,
+    axes: tuple[int, int, int],
+    flips: tuple[bool, bool, bool],
+) -> OrganMeasurement:
+    voxels = int(mask.sum())
+    voxel_ml = float(abs(np.linalg.det(np.reshape(image.direction, (3, 3))))) * float(
+        np.prod(image.spacing_mm) / 1000
+    )
+    sizes = part_sizes(mask)
+    stored_mm = np.array(mask.shape) * image.spacing_mm[::-1]
+    z, y, x = (float(stored_mm[a]) for a in axes)
+    edges = []
+    for axis, flip, names in zip(axes, flips, _EDGES, strict=True):
+        ends = [box[axis].start == 0, box[axis].stop == image.array.shape[axis]]
+        edges += [name for name, at in zip(names, ends[::-1] if flip else ends, strict=True) if at]
+    return OrganMeasurement(
+        organ.name,
+        organ.index,
+        round(voxels * voxel_ml, 3),
+        **_hu(image.array[box][mask]),
+        box_mm=(round(x, 1), round(y, 1), round(z, 1)),
+        parts=len(sizes),
+        largest_part_percent=round(100 * float(sizes[0]) / voxels, 2),
+        touches_edge=tuple(edges),
+    )
+
+
+def _hu(values: np.ndarray) -> dict[str, Any]:
+    values = values.astype(np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return {}
+    low, first, median, third, high = np.percentile(
+        values, [*PERCENTILES[:2], 50, *PERCENTILES[2:]]
+    )
+    figures = {
+        "hu_mean": values.mean(), "hu_sd": values.std(), "hu_p05": low, "hu_p25": first,
+        "hu_median": median, "hu_p75": third, "hu_p95": high,
+    }  # fmt: skip
+    return {name: round(float(value), 2) for name, value in figures.items()}
+
+
+def part_sizes(mask: np.ndarray) -> np.ndarray:
+    """Voxels of each connected part of a mask (z, y, x), the largest first."""
+    sizes = np.bincount(connected_parts(mask).ravel())[1:]
+    return np.sort(sizes)[::-1]
+
+
+def connected_parts(mask: np.ndarray) -> np.ndarray:
+    """Numbers the parts of a mask from 1; voxels touch by a face, an edge or a corner."""
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    return sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
+
+
+def _organ_warnings(one: OrganMeasurement) -> tuple[str, ...]:
+    low, high = ADULT_ML[one.organ]
+    if one.volume_ml > high:
+        return (f"{one.volume_ml:.0f} ml is more than {high:g} ml, the most expected in adults",)
+    # An organ that the scan cuts is small for a reason.
+    if one.volume_ml < low and not one.touches_edge:
+        return (f"{one.volume_ml:.1f} ml is less than {low:g} ml, the least expected in adults",)
+    return ()
+
+
+def _case_warnings(
+    found: Sequence[OrganMeasurement], centres: Mapping[str, np.ndarray]
+) -> tuple[str, ...]:
+    warnings = []
+    absent = [one.organ for one in found if one.volume_ml == 0]
+    for name in absent:
+        if name.endswith("kidney"):
+            warnings.append(f"{name.replace('_', ' ')} missing: removed, outside, or overlooked")
+    others = [name.replace("_", " ") for name in absent if not name.endswith("kidney")]
+    if others:
+        warnings.append(f"not found: {', '.join(others)}")
+    for right, left in _SIDES:
+        if right in centres and left in centres and centres[right][0] > centres[left][0]:
+            names = right.replace("_", " "), left.replace("_", " ")
+            warnings.append(
+                f"sides implausible: the {names[0]} lies to the left of the {names[1]}; "
+                "is the scan mirrored or its orientation wrong?"
+            )
+    return tuple(warnings)
+
+
+_COLUMNS = (
+    "case", "organ", "label", "volume_ml", "hu_mean", "hu_sd", "hu_p05", "hu_p25", "hu_median",
+    "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
+    "largest_part_percent", "touches_edge", "confidence", "warnings",
+)  # fmt: skip
+
+
+def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
+    row = {**organ, "case": case}
+    width, depth, height = row.pop("box_mm") or (None, None, None)
+    row.update(box_width_mm=width, box_depth_mm=depth, box_height_mm=height)
+    row["touches_edge"] = " ".join(row["touches_edge"])
+    row["warnings"] = "; ".join(row["warnings"])
+    return row
+
+
+def _plain(organ: OrganMeasurement) -> dict[str, Any]:
+    """As JSON gives it back: lists, no tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
+
+
+class MeasurementFiles:
+    """``measurements.csv`` and ``.json`` of a batch, whole after every case.
+
+    ``kept``: cases that are not computed again; what an earlier run wrote of them stays.
+    """
+
+    def __init__(self, folder: Path, *, part: str = "", kept: Iterable[str] = ()) -> None:
+        stem = f"measurements{'.' + part.replace('/', '-of-') if part else ''}"
+        self.csv, self.json = folder / f"{stem}.csv", folder / f"{stem}.json"
+        self._cases: list[dict[str, Any]] = []
+        kept = set(kept)
+        if kept and self.json.exists():
+            try:
+                before = json.loads(self.json.read_text(encoding="utf-8"))["cases"]
+                self._cases = [case for case in before if case["case"] in kept]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.json}: not readable as earlier measurements; move it away"
+                ) from None
+
+    def add(self, case: CaseMeasurement, facts: Mapping[str, Any]) -> None:
+        """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files."""
+        self._cases.append({"case": case.case, **facts, "warnings": list(case.warnings),
+                            "organs": [_plain(organ) for organ in case.organs]})  # fmt: skip
+        whole = {"flare_clef": __version__, "cases": self._cases}
+        write_bytes(self.json, json.dumps(whole, indent=1).encode())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for one in self._cases:
+            writer.writerows(_row(one["case"], organ) for organ in one["organs"])
+        write_bytes(self.csv, text.getvalue().encode())
