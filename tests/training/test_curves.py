@@ -27,12 +27,18 @@ def step(number: int, loss: float | None = 0.5, **more) -> dict:
 
 def test_the_logs_are_read(tmp_path: Path):
     # Steps 1 and 2 twice: the run was killed after its checkpoint at step 1 and went on.
-    log(tmp_path, "metrics.jsonl",
-        [step(0), step(1, 9.0), step(2, 9.0), step(1, 0.4), step(2, None, frozen=True)])  # fmt: skip
+    log(
+        tmp_path,
+        "metrics.jsonl",
+        [step(0), step(1, 9.0), step(2, 9.0), step(1, 0.4), step(2, None, frozen=True)],
+    )
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    log(tmp_path, "validation.jsonl",
-        [{"step": 2, "dice": {"x": {"liver": 0.5, "aorta": 0.2}, "y": {"liver": 0.7}}}])  # fmt: skip
+    log(
+        tmp_path,
+        "validation.jsonl",
+        [{"step": 2, "dice": {"x": {"liver": 0.5, "aorta": 0.2}, "y": {"liver": 0.7}}}],
+    )
     run = read_run(tmp_path)
     assert run.steps.tolist() == [1, 2, 3]
     assert run.loss[:2].tolist() == [0.5, 0.4] and math.isnan(run.loss[2])
@@ -66,12 +72,17 @@ def test_the_picture_is_drawn_at_every_time_of_a_run(tmp_path: Path):
     second = write_curves(tmp_path).read_bytes()
     assert second.startswith(PNG) and second != first
     assert {p.name for p in tmp_path.iterdir()} == {
-        "metrics.jsonl", "validation.jsonl", "curves.png"
-    }  # fmt: skip
+        "metrics.jsonl",
+        "validation.jsonl",
+        "curves.png",
+    }
 
 
 def test_pretraining_logs_have_no_organs(tmp_path: Path):
-    log(tmp_path, "metrics.jsonl",
-        [{"step": k, "loss": 1.0, "decoding": 0.4, "equivariance": 0.1} for k in range(5)])  # fmt: skip
+    log(
+        tmp_path,
+        "metrics.jsonl",
+        [{"step": k, "loss": 1.0, "decoding": 0.4, "equivariance": 0.1} for k in range(5)],
+    )
     assert read_run(tmp_path).terms.keys() == {"decoding", "equivariance"}
     assert write_curves(tmp_path).read_bytes().startswith(PNG)
