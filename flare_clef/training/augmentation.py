@@ -113,6 +113,15 @@ def _in_slabs(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
     return out.view(depth, height, width)
 
 
+def resample(image: Tensor, affine: Tensor) -> Tensor:
+    """``image`` (z, y, x) at the places that ``affine`` (see :func:`draw_affine`) says.
+
+    Beyond the volume there is air (-1).
+    """
+    grid = functional.affine_grid(affine[None], [1, 1, *image.shape], align_corners=False)
+    return _in_slabs(image + 1, grid, "bilinear").sub_(1)
+
+
 def deform(
     image: Tensor,
     labels: Tensor,

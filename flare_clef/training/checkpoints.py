@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flare_clef.errors import UserError
+
 LAST = "checkpoint.pt"
 BEFORE = "checkpoint.before.pt"
+BEST = "best.pt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` as the last checkpoint of ``folder``; the one before stays beside it."""
-    temporary = folder / f".{LAST}.{os.getpid()}"
+def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> None:
+    """Writes ``state`` as ``name`` in ``folder``; the last one's predecessor stays beside it.
+
+    Raises UserError where the disk is full or the folder gone; what was there is kept.
+    """
+    temporary = folder / f".{name}.{os.getpid()}"
+    target = folder / name
     try:
-        torch.save(state, temporary)
-        last = folder / LAST
-        if last.exists():
-            os.replace(last, folder / BEFORE)
-        os.replace(temporary, last)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == LAST and target.exists():
+            os.replace(target, folder / BEFORE)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:
+        # torch wraps some of the system's errors in a RuntimeError of several lines.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = (cause.strerror if isinstance(cause, OSError) else None) or "disk full?"
+        raise UserError(
+            f"{target}: the checkpoint cannot be written ({reason}); the last good one is kept: "
+            "make room and run the same command again"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint of ``folder`` that can be read, or None."""
+    """The last checkpoint of ``folder`` that can be read, or None if there is none.
+
+    Raises UserError where there are some and none can be read: a run is not begun anew over
+    what is left of an older one.
+    """
+    damaged = []
     for name in (LAST, BEFORE):
         path = folder / name
         if not path.exists():
             continue
         try:
             return torch.load(path, weights_only=True, map_location="cpu")  # type: ignore[no-any-return]
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             print(f"{path}: cannot be read ({str(error).splitlines()[0]})", file=sys.stderr)
+            damaged.append(path)
+    if damaged:
+        raise UserError(f"{damaged[-1]}: no checkpoint of this run can be read; remove {folder}")
     return None

@@ -39,14 +39,15 @@ class _SoftmaxDice(torch.autograd.Function):
     def forward(ctx, logits, labels, labelled, organ_weights, ce_share, dice_share):  # type: ignore[no-untyped-def]
         rows = logits[0].permute(1, 2, 3, 0).reshape(-1, logits.shape[1])
         target = labels.reshape(-1)
-        group = torch.zeros(logits.shape[1] + 1, dtype=torch.long)
+        device = logits.device
+        group = torch.zeros(logits.shape[1] + 1, dtype=torch.long, device=device)
         group[1:][labelled] = torch.nonzero(labelled).flatten() + 1
         classes = len(group)
 
         counts = torch.bincount(target.to(torch.long), minlength=256)[:classes].double()
         weights = organ_weights(counts)
-        sums = torch.zeros(classes, dtype=torch.float64)
-        overlap = torch.zeros(classes, dtype=torch.float64)
+        sums = torch.zeros(classes, dtype=torch.float64, device=device)
+        overlap = torch.zeros_like(sums)
         entropy = 0.0
         for chunk, truth, known in _chunks(rows, target):
             p = _probabilities(chunk, group)
@@ -65,22 +66,23 @@ class _SoftmaxDice(torch.autograd.Function):
         judged = max(int(labelled.sum()), 1)
         dice_loss = float(((1 - dice) * labelled).sum()) / judged
         ctx.settings = (logits.shape, logits.dtype, group, weights.float())
-        ctx.overlap_gain = torch.zeros(classes)
+        ctx.overlap_gain = torch.zeros(classes, device=device)
         ctx.overlap_gain[1:] = (-2 * dice_share / judged * labelled / total).float()
-        ctx.sum_gain = torch.zeros(classes)
+        ctx.sum_gain = torch.zeros(classes, device=device)
         ctx.sum_gain[1:] = (dice_share / judged * labelled * dice / total).float()
         ctx.ce_share = ce_share
-        terms = torch.full((logits.shape[1] + 2,), float("nan"))
+        terms = torch.full((logits.shape[1] + 2,), float("nan"), device=device)
         terms[0], terms[1] = entropy, dice_loss
         terms[2:][present] = dice[present].float()
         ctx.mark_non_differentiable(terms)
-        return torch.tensor(ce_share * entropy + dice_share * dice_loss), terms
+        loss = torch.tensor(ce_share * entropy + dice_share * dice_loss, device=device)
+        return loss, terms
 
     @staticmethod
     def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
         rows, target = ctx.saved_tensors
         shape, dtype, group, weights = ctx.settings
-        gradient = torch.empty(rows.shape, dtype=dtype)
+        gradient = torch.empty(rows.shape, dtype=dtype, device=rows.device)
         start = 0
         every = ctx.sum_gain[:, None]
         for chunk, truth, known in _chunks(rows, target):
@@ -121,7 +123,7 @@ def _chunks(rows: Tensor, target: Tensor):  # type: ignore[no-untyped-def]
 
 def _softmax(chunk: Tensor) -> Tensor:
     """(voxels, 13) logits to (14, voxels) probabilities, the background's logit being 0."""
-    x = torch.zeros(chunk.shape[1] + 1, chunk.shape[0])
+    x = torch.zeros(chunk.shape[1] + 1, chunk.shape[0], device=chunk.device)
     x[1:] = chunk.t()
     return torch.softmax(x, dim=0)
 
@@ -194,7 +196,7 @@ def sigmoid_dice_loss(
     known = labels.reshape(-1) != UNDECIDED
     truth = labels.reshape(-1)[known]
     entropy = dice_loss = logits.new_zeros((), dtype=torch.float32)
-    dice_per_organ = torch.full((logits.shape[1],), float("nan"))
+    dice_per_organ = torch.full((logits.shape[1],), float("nan"), device=logits.device)
     judged = max(int(labelled.sum()), 1)
     for channel in torch.nonzero(labelled).flatten().tolist():
         x = logits[0, channel].reshape(-1)[known].float()
@@ -207,4 +209,4 @@ def sigmoid_dice_loss(
         if bool(target.any()):
             dice_per_organ[channel] = dice.detach()
     loss = ce_share * entropy + dice_share * dice_loss
-    return loss, LossTerms(float(entropy), float(dice_loss), dice_per_organ)
+    return loss, LossTerms(float(entropy.detach()), float(dice_loss.detach()), dice_per_organ)

@@ -7,6 +7,7 @@ value is one line that names the key, the value and what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import random
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture
 from flare_clef.training.finetuning import FinetuningPlan
+from flare_clef.training.pretraining import PretrainingPlan
 
 try:
     import tomllib
@@ -28,11 +30,31 @@ class DataSettings:
     """Which scans the training sees."""
 
     folders: tuple[str, ...] = ()
-    """Folders with ``images/``, ``labels/`` and ``cases.json``, relative to the recipe."""
+    """Folders of labelled cases, relative to the recipe."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of further scans for pre-training, which sees the labelled ones too."""
     validation: tuple[str, ...] = ()
     """Names of cases kept aside: never trained on, judged on their own grids."""
+    folds: int = 0
+    """Divides the cases into so many parts at random (the paper: 5); 0: see ``validation``."""
+    fold: int = 0
+    """The part that is kept aside, from 0."""
     grid: int = 192
     """Voxels along each axis of the prepared volumes kept on disk."""
+
+    def kept_aside(self, names: typing.Iterable[str]) -> set[str]:
+        """Which of the labelled cases are kept aside. Raises UserError for names not there."""
+        known = sorted(names)
+        if self.folds:
+            random.Random(f"folds {self.folds}").shuffle(known)
+            return set(known[self.fold :: self.folds])
+        missing = sorted(set(self.validation) - set(known))
+        if missing:
+            raise UserError(
+                f"data.validation: no case {missing[0]} with labels in the data; "
+                f"there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
+            )
+        return set(self.validation)
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,8 @@ class Recipe:
 
     data: DataSettings = field(default_factory=DataSettings)
     network: Architecture = field(default_factory=Architecture)
+    pretrain: PretrainingPlan | None = None
+    """None: fine-tuning begins with random weights, or with ``finetune.start``."""
     finetune: FinetuningPlan = field(default_factory=lambda: FinetuningPlan(stages=()))
     export: ExportSettings = field(default_factory=ExportSettings)
     validate_every_steps: int = 300
@@ -65,22 +89,74 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     for text in overrides:
         _override(table, text)
     recipe = build(Recipe, table, str(path))
-    if not recipe.finetune.stages:
-        raise UserError(f"{path}: finetune.stages: no stage; at least one is needed")
-    divisor = recipe.network.divisor
-    for number, stage in enumerate(recipe.finetune.stages):
-        where = f"{path}: finetune.stages[{number}]"
-        if stage.grid < divisor or stage.grid % divisor:
-            raise UserError(f"{where}.grid = {stage.grid}: must be a multiple of {divisor}")
-        if stage.steps < 1:
-            raise UserError(f"{where}.steps = {stage.steps}: must be 1 or more")
-        if not 0 <= stage.freeze_after <= 1:
-            raise UserError(f"{where}.freeze_after = {stage.freeze_after}: must be 0 to 1")
-    if recipe.finetune.loss not in ("softmax", "sigmoid"):
-        raise UserError(
-            f"{path}: finetune.loss = {recipe.finetune.loss!r}: must be 'softmax' or 'sigmoid'"
-        )
+    problem = _problem(recipe)
+    if problem:
+        raise UserError(f"{path}: {problem}")
     return recipe
+
+
+def _problem(recipe: Recipe) -> str | None:
+    """The first impossible value: key, value and what is allowed."""
+    plan, data, pretrain = recipe.finetune, recipe.data, recipe.pretrain
+    divisor = recipe.network.divisor
+    if not plan.stages:
+        return "finetune.stages: no stage; at least one is needed"
+    if plan.loss not in ("softmax", "sigmoid"):
+        return f"finetune.loss = {plan.loss!r}: must be 'softmax' or 'sigmoid'"
+    grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}
+    rules: list[tuple[str, float, bool, str]] = []
+    for number, stage in enumerate(plan.stages):
+        where = f"finetune.stages[{number}]"
+        if bool(stage.steps) == bool(stage.epochs):
+            return f"{where}: steps = {stage.steps}, epochs = {stage.epochs}: 1 or more of one"
+        rules += [
+            (f"{where}.steps", stage.steps, stage.steps >= 0, "1 or more"),
+            (f"{where}.epochs", stage.epochs, stage.epochs >= 0, "1 or more"),
+            (f"{where}.freeze_after", stage.freeze_after, 0 <= stage.freeze_after <= 1, "0 to 1"),
+            (f"{where}.learning_rate", min(stage.learning_rate), min(stage.learning_rate) > 0,
+             "above 0"),
+        ]  # fmt: skip
+    rules += [
+        ("finetune.batch", plan.batch, plan.batch >= 1, "1 or more"),
+        ("finetune.patience_epochs", plan.patience_epochs, plan.patience_epochs >= 0,
+         "0 or more"),
+        ("finetune.weight_average", plan.weight_average, 0 <= plan.weight_average < 1,
+         "0 or more and below 1"),
+        ("finetune.gradient_clip", plan.gradient_clip, plan.gradient_clip >= 0, "0 or more"),
+        ("finetune.warmup_steps", plan.warmup_steps, plan.warmup_steps >= 0, "0 or more"),
+        ("finetune.repeats", min(plan.repeats.values(), default=0),
+         min(plan.repeats.values(), default=0) >= 0, "0 or more each"),
+        ("data.grid", data.grid, data.grid >= divisor, f"{divisor} or more"),
+        ("data.folds", data.folds, data.folds == 0 or data.folds >= 2, "0 or 2 and more"),
+        ("data.fold", data.fold, 0 <= data.fold < max(data.folds, 1), "below data.folds"),
+        ("validate_every_steps", recipe.validate_every_steps, recipe.validate_every_steps >= 1,
+         "1 or more"),
+    ]  # fmt: skip
+    if pretrain is not None:
+        grids["pretrain.grid"] = pretrain.grid
+        rules += [
+            (f"pretrain.{key}", getattr(pretrain, key), getattr(pretrain, key) >= least,
+             f"{least} or more")
+            for key, least in (
+                ("steps", 0), ("batch", 1), ("features", 2), ("anchors", 1), ("leaves", 1),
+                ("points", 1), ("far_mm", 0), ("decoding_weight", 0),
+                ("discriminativeness_weight", 0), ("equivariance_weight", 0),
+                ("gradient_clip", 0), ("epochs", 0 if pretrain.steps else 1),
+            )
+        ]  # fmt: skip
+        rules += [
+            ("pretrain.rate", pretrain.rate, pretrain.rate > 0, "above 0"),
+            ("pretrain.margin", pretrain.margin, -1 <= pretrain.margin <= 1, "-1 to 1"),
+            ("pretrain.weight_average", pretrain.weight_average,
+             0 <= pretrain.weight_average < 1, "0 or more and below 1"),
+        ]  # fmt: skip
+    for key, grid in grids.items():
+        allowed = grid >= divisor and grid % divisor == 0
+        rules.append((key, grid, allowed, f"a multiple of {divisor}"))
+    for key, value, fine, allowed_words in rules:
+        if not fine:
+            return f"{key} = {value}: must be {allowed_words}"
+    return None
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -114,7 +190,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {error}") from None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is False and type(None) in arguments:
+        # TOML has no null: false turns an optional table off. JSON (run.json) has one.
+        if (value is False or value is None) and type(None) in arguments:
             return None
         return build(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple:

@@ -75,7 +75,11 @@ def test_bad_pairs_are_named(tmp_path: Path):
         ("[finetune]\nstages = [{grid = 50, steps = 1, learning_rate = [1, 1]}]", "multiple of 32"),
         ("[finetune]\nstages = [{grid = 64, steps = 0, learning_rate = [1, 1]}]", "1 or more"),
         ("[finetune]\nstages = [{grid = 64, steps = 1, learning_rate = 1}]", "must be a list"),
-        ("[finetune]\nstages = [{grid = 64}]", "missing"),
+        ("[finetune]\nstages = [{grid = 64}]", "steps = 0, epochs = 0: 1 or more of one"),
+        ("[pretrain]\nmargin = 2.0\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "pretrain.margin = 2.0: must be -1 to 1"),
+        ("[data]\nfolds = 5\nfold = 5\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "data.fold = 5: must be below data.folds"),
         ("[finetune]\nloss = 'l2'\nstages = [{grid = 64, steps = 1, learning_rate = [1, 1]}]",
          "must be 'softmax' or 'sigmoid'"),
         ("[network]\nwidths = [4]", "encoder_convs needs one number per level"),
@@ -234,9 +238,10 @@ def test_train_finetune_learns_and_predict_uses_it(tmp_path: Path):
         head_channels = 4
         [[finetune.stages]]
         grid = 32
-        steps = 240
+        steps = 150
         learning_rate = [2e-2, 1e-3]
         freeze_after = 0.7
+        augmentation = false
         """
     )
     done = CliRunner().invoke(
