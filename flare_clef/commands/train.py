@@ -1,148 +1,208 @@
-"""``flare-clef train``: from labelled scans to a weights file."""
+"""``flare-clef train``: from scans to a weights file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flare_clef.commands.train_prepare import prepare
+from flare_clef.commands.train_propagate import propagate
 
 if TYPE_CHECKING:
-    from flare_clef.network import SegmentationNetwork
-    from flare_clef.training.recipe import Recipe
+    from flare_clef.training.pipeline import Run
+
+
+class _RecipeFirst(TyperGroup):
+    """``train RECIPE.toml`` is short for ``train run RECIPE.toml``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0].endswith(".toml"):
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
 
 train = typer.Typer(
-    name="train", help="Make the weights from your own scans.", no_args_is_help=True
+    name="train",
+    cls=_RecipeFirst,
+    help="Make the weights from your own scans: train RECIPE.toml --output RUN does it all, the "
+    "commands below one stage each.",
+    no_args_is_help=True,
 )
-
-
-@train.callback()
-def _train() -> None:
-    pass
-
-
 train.command()(prepare)
+train.command()(propagate)
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.", show_default=False)
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="RUN",
+        show_default=False,
+        help="The run's folder: logs, checkpoints, prepared volumes, weights.safetensors.",
+    ),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A folder with images/, labels/ and cases.json (or another known layout), in place "
+        "of the recipe's (repeatable).",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, as finetune.seed=1."),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; by default the usable cores.")
+]
+Precision = Annotated[
+    str, typer.Option(metavar="auto|fp32|bf16", help="auto times what is faster here.")
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes a GPU if any.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, only the results.")]
+
+
+@train.command()
+def run(
+    recipe_path: RecipePath,
+    output: Output,
+    data: Data = None,
+    set_: Overrides = None,
+    threads: Threads = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """All stages: prepare, pre-train (if the recipe has it), fine-tune, export.
+
+    Run again with the same RUN folder to go on where it was broken off.
+    """
+    from flare_clef.training.pipeline import finetune, pretrain
+
+    def stages(run: Run) -> None:
+        if run.recipe.pretrain is not None:
+            pretrain(run)
+        finetune(run)
+
+    _train(stages, recipe_path, output, data, set_, threads, precision, device, quiet)
+
+
+@train.command()
+def pretrain(
+    recipe_path: RecipePath,
+    output: Output,
+    data: Data = None,
+    set_: Overrides = None,
+    threads: Threads = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train the backbone without labels, by the recipe's table pretrain."""
+    from flare_clef.training import pipeline
+
+    _train(
+        pipeline.pretrain, recipe_path, output, data, set_, threads, precision, device, quiet
+    )  # fmt: skip
 
 
 @train.command()
 def finetune(
-    recipe_path: Annotated[
-        Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.", show_default=False)
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="RUN",
-            show_default=False,
-            help="The run's folder: log, checkpoints, prepared volumes, weights.safetensors.",
-        ),
-    ],
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A folder with images/, labels/ and cases.json, in place of the recipe's "
-            "(repeatable).",
-            show_default=False,
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, as finetune.seed=1."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default the usable cores.")
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(metavar="auto|fp32|bf16", help="auto times what is faster here.")
-    ] = "auto",
+    recipe_path: RecipePath,
+    output: Output,
+    data: Data = None,
+    set_: Overrides = None,
+    threads: Threads = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Train with labels (Dice + cross entropy), judge on the cases kept aside, export.
 
+    Begins with the backbone that train pretrain left in RUN, if the recipe has a table pretrain.
     Run again with the same RUN folder to go on from its last checkpoint.
     """
-    import time
+    from flare_clef.training import pipeline
 
+    _train(
+        pipeline.finetune, recipe_path, output, data, set_, threads, precision, device, quiet
+    )  # fmt: skip
+
+
+@train.command()
+def export(
+    recipe_path: RecipePath,
+    output: Output,
+    data: Data = None,
+    set_: Overrides = None,
+    threads: Threads = None,
+    precision: Precision = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Write the weights file of RUN's last checkpoint, after predict agreed with validation."""
+    from flare_clef.training import pipeline
+
+    _train(
+        pipeline.export_run, recipe_path, output, data, set_, threads, precision, "cpu", quiet
+    )  # fmt: skip
+
+
+def _train(
+    action: Callable[[Run], object],
+    recipe_path: Path,
+    output: Path,
+    data: list[Path] | None,
+    overrides: list[str] | None,
+    threads: int | None,
+    precision: str,
+    device: str,
+    quiet: bool,
+) -> None:
     import torch
 
+    from flare_clef.errors import UserError
     from flare_clef.limits import keep_memory, usable_cores
-    from flare_clef.precision import choose_precision
-    from flare_clef.training.cases import find_cases, prepare_case
-    from flare_clef.training.export import export
-    from flare_clef.training.finetuning import Finetuning
+    from flare_clef.precision import choose_device, choose_precision
+    from flare_clef.training.loop import Stopped
+    from flare_clef.training.pipeline import Run
+    from flare_clef.training.processes import (
+        from_first,
+        join_processes,
+        leave_processes,
+        rank,
+    )
     from flare_clef.training.recipe import load_recipe
-    from flare_clef.training.validation import means, validate
 
+    recipe = load_recipe(recipe_path, overrides or ())
     keep_memory()
     cores = threads or usable_cores()
     torch.set_num_threads(cores)
-    recipe = load_recipe(recipe_path, set_ or ())
-    chosen, why = choose_precision(precision, torch.device("cpu"), cores)
-    typer.echo(f"{cores} thread(s), {chosen} ({why})")
-    folders = data or [recipe_path.parent / folder for folder in recipe.data.folders]
-    cases = [case for folder in folders for case in find_cases(folder)]
-    kept_aside = [case for case in cases if case.name in recipe.data.validation]
-    trained = [case for case in cases if case.name not in recipe.data.validation]
-    typer.echo(f"{len(trained)} case(s) to train on, {len(kept_aside)} kept aside")
-    prepared = [prepare_case(case, output / "prepared", recipe.data.grid) for case in trained]
+    place = join_processes(choose_device(device)[0])
+    # On GPUs bf16: fp16 has too few exponents for gradients.
+    wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
+    if wanted == "fp16":
+        raise UserError("--precision fp16: training knows auto, fp32 and bf16")
+    # Timings differ from process to process: the first one's hold.
+    chosen, why = from_first(choose_precision(wanted, place, cores))
 
-    began = time.monotonic()
-    plan = recipe.finetune
+    def say(text: str) -> None:
+        if rank() == 0:
+            typer.echo(text)
 
-    def show(record: dict[str, Any]) -> None:
-        if record["step"] % 20 == 0 or record["step"] == plan.steps - 1:
-            left = (plan.steps - record["step"] - 1) * record["seconds"]
-            typer.echo(
-                f"step {record['step'] + 1}/{plan.steps}  loss {record['loss']:.3f}  "
-                f"{record['seconds']:.1f} s a step, about {left / 60:.0f} min at this pace"
-            )
-
-    def judge(network: Any, grid: int) -> dict[str, dict[str, float]]:
-        table = validate(network, kept_aside, grid, chosen)
-        rows = "  ".join(f"{organ} {value:.3f}" for organ, value in means(table).items())
-        typer.echo(f"validation at {grid}^3: {rows}")
-        return table
-
-    every = recipe.validate_every_steps
-    run = Finetuning(
-        plan,
-        prepared,
-        output,
-        architecture=recipe.network,
-        start=_start(recipe_path, recipe),
-        precision=chosen,
-        validate=judge if kept_aside else None,
-        validate_at=range(every, plan.steps, every),
-        on_step=show,
-    )
-    network = run.run()
-    table = judge(network, plan.stages[-1].grid) if kept_aside else {}
-    export(
-        output / "weights.safetensors",
-        network,
-        recipe,
-        trained,
-        table,
-        steps=plan.steps,
-        hours=(time.monotonic() - began) / 3600,
-    )
-    typer.echo(f"wrote {output / 'weights.safetensors'}")
-
-
-def _start(recipe_path: Path, recipe: Recipe) -> SegmentationNetwork | None:
-    """The network that the recipe starts from, or None. Raises UserError if it cannot be."""
-    from flare_clef.errors import UserError
-    from flare_clef.weights import load_weights
-
-    if not recipe.finetune.start:
-        return None
-    weights = load_weights(recipe_path.parent / recipe.finetune.start)
-    if weights.architecture != recipe.network:
-        raise UserError(
-            f"{recipe_path}: finetune.start = {recipe.finetune.start!r}: its network is "
-            f"{weights.architecture}, the recipe's {recipe.network}; make [network] the same"
-        )
-    return weights.network()
+    if not quiet:
+        say(f"{place}, {cores} thread(s), {chosen} ({why})")
+    try:
+        action(Run(recipe, recipe_path.parent, output, chosen, place, say, data or (), quiet))
+    except Stopped as stopped:
+        typer.echo(f"flare-clef: {stopped}; the checkpoint is kept, run again to go on", err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    finally:
+        leave_processes()

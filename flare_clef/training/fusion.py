@@ -17,7 +17,7 @@ _MISFIT_SCALE = 0.05
 _BINS = 20
 CERTAIN, POSSIBLE = 0.55, 0.10
 """Probability from which a voxel is taken as the organ, and below which as not the organ."""
-HU_RANGE = (-125, 400)
+HU_RANGE = (-120, 400)
 """No soft organ lies outside: fat well below, bone above. Gas (below -700) may be inside one;
 contrast in the gut reaches some 400 HU."""
 _GAS_HU = -700
@@ -87,7 +87,9 @@ def calibrate(fused: list[np.ndarray], true: list[np.ndarray]) -> Calibration:
     shares = np.maximum.accumulate(hits[filled] / counts[filled])
     middles = (np.flatnonzero(filled) + 0.5) / _BINS
     thresholds = np.arange(0.1, 0.71, 0.05)
-    table = np.array([[dsc(v >= t, o) for v, o in zip(fused, true, strict=True)] for t in thresholds])
+    table = np.array(
+        [[dsc(v >= t, o) for v, o in zip(fused, true, strict=True)] for t in thresholds]
+    )
     best = int(table.mean(1).argmax())
     return Calibration(
         (0.0, *middles.tolist()),

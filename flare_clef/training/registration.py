@@ -19,6 +19,8 @@ from flare_clef.organs import ORGANS
 
 LEAST_COMMON_ORGANS = 4
 """Twelve numbers of an affine map need four centres."""
+_UNDECIDED = 255
+"""``losses.UNDECIDED``, without torch: the processes of a pool start faster."""
 _MARGIN_MM = 12.0
 _CLIP_MM = 12.0
 _NEAR_MM = 80.0
@@ -75,16 +77,16 @@ class OrganMaps:
 def load_organ_maps(path: Path, spacing_mm: float) -> OrganMaps:
     """The organs of the label map at ``path``. Raises UserError, one line."""
     image = read_image(path)
-    highest, lowest = image.array.max(), image.array.min()
-    if lowest < 0 or highest > len(ORGANS) or image.array.dtype.kind == "f":
+    array = np.where(image.array == _UNDECIDED, 0, image.array)
+    highest, lowest = array.max(), array.min()
+    if lowest < 0 or highest > len(ORGANS) or array.dtype.kind == "f":
         raise UserError(
             f"{path}: holds values from {lowest:g} to {highest:g}; only 0 to {len(ORGANS)} name "
             "organs here; translate its labels first"
         )
     if highest == 0:
         raise UserError(f"{path}: no voxel is labelled; leave it out or label it")
-    labels = sitk.DICOMOrient(labels_to_sitk(image.array.astype(np.uint8), image), "LPS")
-    # Obliquely cut volumes: laid straight by resampling only, the axes being LPS already.
+    labels = sitk.DICOMOrient(labels_to_sitk(array.astype(np.uint8), image), "LPS")
     spacing, size = np.array(labels.GetSpacing()), np.array(labels.GetSize())
     corners = np.array(
         [labels.TransformIndexToPhysicalPoint((0, 0, 0))]
