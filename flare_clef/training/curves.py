@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ from flare_clef.organs import ORGANS
 _INK, _PALE = "#333333", "#8a8a8a"
 _POINTS = 400
 """Points of a line: a picture is 1,000 pixels wide, a run may have 100,000 steps."""
-_NOT_CURVES = {"step", "lr", "seconds", "gradient_norm", "loss", "grid"}
-_TERM_COLOURS = ("#3b76af", "#c77c2b", "#4f9a5f", "#8e6bb0", "#8c6d5a")
+_TERMS = {
+    "ce": ("cross entropy", "#3b76af"),
+    "dice_loss": ("Dice loss", "#c77c2b"),
+    "decoding": ("decoding", "#3b76af"),
+    "discriminativeness": ("discriminativeness", "#c77c2b"),
+    "equivariance": ("equivariance", "#4f9a5f"),
+}
+"""Parts of the losses, by their name in the log."""
+_FIGURES = {
+    "far_similarity": "Mean similarity of far voxels' features (1: collapsed)",
+    "feature_rank": "Effective rank of the features (1: collapsed)",
+}
+"""What tells of a collapse in pre-training, by name in the log."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +47,15 @@ class Run:
     loss: np.ndarray
     """(n,); NaN where a step was skipped."""
     terms: dict[str, np.ndarray]
-    """(n,) of each part of the loss and other figure that the steps logged."""
+    """(n,) of each part of the loss and of each figure that tells of a collapse."""
     dice: np.ndarray
     """(n, 13) soft Dice of the training case; NaN where the organ is not labelled in it."""
     frozen_from: int | None
     """First step with frozen normalisation statistics."""
     validation: dict[int, dict[str, float]]
     """By step, by organ: mean DSC over the validation cases."""
+    validation_loss: dict[int, float]
+    """By step."""
 
 
 def read_run(folder: Path) -> Run:
@@ -50,17 +64,20 @@ def read_run(folder: Path) -> Run:
     if not records:
         raise UserError(f"{folder / 'metrics.jsonl'}: no step in it, so there is no curve to draw")
     rows = [records[step] for step in sorted(records)]
-    names = sorted({key for row in rows for key, value in row.items() if _is_number(value)})
+    logged = {key for row in rows for key in row}
     dice = [row.get("dice") or [None] * len(ORGANS) for row in rows]
     frozen = [row["step"] + 1 for row in rows if row.get("frozen")]
     tables = {line["step"]: line["dice"] for line in _lines(folder / "validation.jsonl")}
     return Run(
         steps=np.array([row["step"] + 1 for row in rows]),
         loss=_column(rows, "loss"),
-        terms={name: _column(rows, name) for name in names if name not in _NOT_CURVES},
+        terms={name: _column(rows, name) for name in (*_TERMS, *_FIGURES) if name in logged},
         dice=np.array(dice, dtype=float),
         frozen_from=frozen[0] if frozen else None,
         validation={step: _organ_means(tables[step]) for step in sorted(tables)},
+        validation_loss={
+            line["step"]: line["loss"] for line in _lines(folder / "validation_loss.jsonl")
+        },
     )
 
 
@@ -124,14 +141,17 @@ def write_curves(folder: Path) -> Path:
     except ImportError:
         hint = 'pip install "flare-clef[train]"'
         raise UserError(f"no curves: matplotlib is missing, {hint}") from None
-    learns_organs = bool(np.isfinite(run.dice).any() or run.validation)
-    figure = Figure(figsize=(10, 9.6 if learns_organs else 4.4), layout="constrained")
-    panels = figure.subplots(3 if learns_organs else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _draw_loss(panels[0], run)
-    if learns_organs:
-        _draw_training_dice(panels[1], run)
-        _draw_validation(panels[2], run)
-    for panel in panels:
+    drawn: list[Callable[[Any], None]] = [lambda panel: _draw_loss(panel, run)]
+    if np.isfinite(run.dice).any() or run.validation:
+        drawn.append(lambda panel: _draw_training_dice(panel, run))
+        drawn.append(lambda panel: _draw_validation(panel, run))
+    for name in _FIGURES:
+        if name in run.terms:
+            drawn.append(partial(_draw_figure, run=run, name=name))
+    figure = Figure(figsize=(10, 1.2 + 2.8 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, draw in zip(panels, drawn, strict=True):
+        draw(panel)
         _finish(panel, run)
     panels[-1].set_xlabel("step", fontsize=9, color=_INK)
     path = folder / "curves.png"
@@ -148,10 +168,13 @@ def _draw_loss(panel: Any, run: Run) -> None:
     every = max(1, len(run.steps) // _POINTS)
     panel.plot(run.steps[::every], run.loss[::every], ".", color=_PALE, alpha=0.35, markersize=3)
     panel.plot(*smooth(run.steps, run.loss, np.median), color=_INK, linewidth=1.8, label="loss")
-    shown = [name for name, column in run.terms.items() if np.isfinite(column).any()]
-    for name, colour in zip(shown, _TERM_COLOURS, strict=False):
-        line = smooth(run.steps, run.terms[name], np.median)
-        panel.plot(*line, color=colour, linewidth=1.1, label=name.replace("_", " "))
+    for name, (label, colour) in _TERMS.items():
+        if name in run.terms:
+            line = smooth(run.steps, run.terms[name], np.median)
+            panel.plot(*line, color=colour, linewidth=1.1, label=label)
+    if run.validation_loss:
+        points = zip(*sorted(run.validation_loss.items()), strict=True)
+        panel.plot(*points, "o-", color="#b03060", linewidth=1.3, markersize=4, label="validation")
     skipped = int(np.isnan(run.loss).sum())
     note = f"; {skipped} without a finite loss" if skipped else ""
     panel.set_title(f"Training loss, {len(run.steps)} steps{note}", loc="left", fontsize=10)
@@ -167,6 +190,14 @@ def _draw_training_dice(panel: Any, run: Run) -> None:
     panel.set_title("Soft Dice of the training cases", loc="left", fontsize=10)
     panel.set_ylim(0, 1)
     _legend(panel)
+
+
+def _draw_figure(panel: Any, run: Run, name: str) -> None:
+    every = max(1, len(run.steps) // _POINTS)
+    values = run.terms[name]
+    panel.plot(run.steps[::every], values[::every], ".", color=_PALE, alpha=0.35, markersize=3)
+    panel.plot(*smooth(run.steps, values, np.median), color=_INK, linewidth=1.8)
+    panel.set_title(_FIGURES[name], loc="left", fontsize=10)
 
 
 def _draw_validation(panel: Any, run: Run) -> None:
@@ -209,7 +240,8 @@ def _finish(panel: Any, run: Run) -> None:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(colors=_INK, labelsize=8)
-    panel.set_xlim(int(run.steps[0]) - 1, max(int(run.steps[-1]), *run.validation, 1))
+    last = max([int(run.steps[-1]), *run.validation, *run.validation_loss])
+    panel.set_xlim(int(run.steps[0]) - 1, last)
 
 
 def _colour(organ: Any) -> list[float]:

@@ -79,10 +79,15 @@ def test_the_picture_is_drawn_at_every_time_of_a_run(tmp_path: Path):
 
 
 def test_pretraining_logs_have_no_organs(tmp_path: Path):
-    log(
-        tmp_path,
-        "metrics.jsonl",
-        [{"step": k, "loss": 1.0, "decoding": 0.4, "equivariance": 0.1} for k in range(5)],
-    )
-    assert read_run(tmp_path).terms.keys() == {"decoding", "equivariance"}
+    record = {"loss": 1.0, "decoding": 0.4, "far_similarity": 0.9, "feature_rank": 4.0}
+    log(tmp_path, "metrics.jsonl", [{"step": k, "lr": 4e-4, **record} for k in range(5)])
+    assert read_run(tmp_path).terms.keys() == {"decoding", "far_similarity", "feature_rank"}
     assert write_curves(tmp_path).read_bytes().startswith(PNG)
+
+
+def test_validation_losses_are_drawn(tmp_path: Path):
+    log(tmp_path, "metrics.jsonl", [step(k) for k in range(5)])
+    before = write_curves(tmp_path).read_bytes()
+    log(tmp_path, "validation_loss.jsonl", [{"step": k, "loss": 1 / k} for k in (2, 5)])
+    assert read_run(tmp_path).validation_loss == {2: 0.5, 5: 0.2}
+    assert write_curves(tmp_path).read_bytes() != before
