@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from flare_clef import nifti
 from flare_clef.dicom import is_dicom_folder, read_series
 from flare_clef.errors import UserError
+from flare_clef.formats import slicer_keys
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -303,8 +304,9 @@ def _written_beside(path: Path) -> Iterator[Path]:
 def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
     """Writes uint8 ``labels`` (z, y, x) with the geometry of ``like``, atomically.
 
-    The suffix decides the format. From NIfTI to NIfTI the header's geometry is repeated bit
-    for bit. Raises UserError where the file cannot be written; nothing is left behind then.
+    The suffix decides the format; NIfTI and NRRD carry the organs' names and colours. From
+    NIfTI to NIfTI the header's geometry is repeated bit for bit. Raises UserError where the
+    file cannot be written; nothing is left behind then.
     """
     suffix = strip_suffix(path.name)[1].lower()
     if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
@@ -312,14 +314,27 @@ def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as temporary:
-            if like.nifti_header is not None and suffix.startswith(".nii"):
-                _write_nifti(labels, like.nifti_header, temporary, suffix == ".nii.gz")
-            else:
-                sitk.WriteImage(labels_to_sitk(labels, like), str(temporary), True, 1)
+            if suffix.startswith(".nii"):
+                header = like.nifti_header or _itk_header(like, temporary)
+                _write_nifti(labels, header, temporary, suffix == ".nii.gz")
+                return
+            image = labels_to_sitk(labels, like)
+            if suffix == ".nrrd":
+                for key, value in slicer_keys(image.GetSize()).items():
+                    image.SetMetaData(key, value)
+            sitk.WriteImage(image, str(temporary), True, 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def _itk_header(like: Image, temporary: Path) -> bytes:
+    """The header that ITK gives to a scan that came from another format."""
+    sitk.WriteImage(labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like), str(temporary))
+    header = nifti.read_header(temporary)
+    assert header is not None  # ITK writes NIfTI-1
+    return header.raw
 
 
 def write_bytes(path: Path, content: bytes) -> None:

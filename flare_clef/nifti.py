@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flare_clef.errors import UserError
+from flare_clef.formats import nifti_extension
 
 HEADER_BYTES = 348
 _DTYPES = {
@@ -204,13 +205,17 @@ def sform_geometry(
 
 
 def label_header(shape: tuple[int, ...], like: bytes) -> bytes:
-    """What precedes the voxels of uint8 labels of ``shape`` (z, y, x), placed as ``like`` is."""
+    """What precedes the voxels of uint8 labels of ``shape`` (z, y, x), placed as ``like`` is.
+
+    Names and colours of the labels follow the 348 bytes as an extension.
+    """
     order = "<" if struct.unpack_from("<i", like)[0] == HEADER_BYTES else ">"
     raw = bytearray(like[:HEADER_BYTES])
     depth, height, width = shape
     struct.pack_into(order + "8h", raw, 40, 3, width, height, depth, 1, 1, 1, 1)
     struct.pack_into(order + "hh", raw, 70, 2, 8)
-    struct.pack_into(order + "fff", raw, 108, 352.0, 1.0, 0.0)
+    extension = nifti_extension(order)
+    struct.pack_into(order + "fff", raw, 108, float(HEADER_BYTES + len(extension)), 1.0, 0.0)
     struct.pack_into(order + "ff", raw, 124, 0.0, 0.0)
     raw[344:348] = b"n+1\0"
-    return bytes(raw) + b"\0" * 4
+    return bytes(raw) + extension

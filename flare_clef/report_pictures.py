@@ -161,7 +161,7 @@ def _coloured(
         area = functional.avg_pool2d(area, blur, 1, [n // 2 for n in blur], count_include_pad=False)
         # Lines lie inside their organ, so that neighbours' lines run side by side.
         # As steep as a pixel: an edge that is smooth to the eye.
-        area = ((area - 0.5) * min(blur) + 0.5).clamp(0, 1)
+        area = ((area - 0.5) * max(blur) + 0.5).clamp(0, 1)
         reach = 2 * _LINE_PIXELS + 1
         core = 1 - functional.max_pool2d(1 - area, reach, 1, _LINE_PIXELS)
         line, area = (area - core)[0, 0, ..., None], area[0, 0, ..., None]
