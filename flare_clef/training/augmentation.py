@@ -46,6 +46,7 @@ class AugmentationSettings:
     gamma: float = 0.2
     noise_hu: float = 25.0
     blur_probability: float = 0.2
+    """How often slices are blurred or, as often, made thick."""
     clip_probability: float = 0.35
     """How often values are clipped as some archives do, or such a clip is undone."""
 
@@ -143,54 +144,87 @@ def deform(
 def change_intensities(
     image: Tensor, settings: AugmentationSettings, generator: Generator
 ) -> Tensor:
-    """Gain, offset, gamma, noise, blur and clipping, in place where that is possible.
+    """Clipping, blur or thick slices, noise, gain, offset and gamma; ``image`` may be reused.
 
     Air and lung, clipped to -1 in every scan, stay at -1.
     """
     air = image <= _AIR
     if _chance(generator, settings.clip_probability):
-        image = _rewrite_clipped(image, generator)
+        image = unclip(image, generator)
     if _chance(generator, settings.clip_probability):
-        low = _uniform(generator, -200, -90)
-        high = _uniform(generator, 220, 300)
-        image = image.clamp_((low - WINDOW_HU[0]) * _HU - 1, (high - WINDOW_HU[0]) * _HU - 1)
+        image = clip(image, generator)
     if _chance(generator, settings.blur_probability):
-        kernel = (1, 3, 3) if _chance(generator, 0.5) else (5, 1, 1)
-        padding = tuple(k // 2 for k in kernel)
-        blurred = functional.avg_pool3d(
-            image[None, None], kernel, 1, padding, count_include_pad=False
-        )[0, 0]
-        image = torch.lerp(image, blurred, _uniform(generator, 0.3, 1))
+        image = (blur if _chance(generator, 0.5) else thick_slices)(image, generator)
     if settings.noise_hu and _chance(generator, 0.6):
-        image += _noise(image.shape, _uniform(generator, 0, settings.noise_hu) * _HU, generator)
-    gain = math.exp(_uniform(generator, -1, 1) * math.log1p(settings.gain))
-    offset = _uniform(generator, -1, 1) * settings.offset_hu * _HU
-    image = image.mul_(gain).add_(offset).clamp_(-1, 1)
+        image = add_noise(image, _uniform(generator, 0, settings.noise_hu), generator)
+    image = scale_values(image, settings, generator)
     if settings.gamma and _chance(generator, 0.3):
-        gamma = math.exp(_uniform(generator, -1, 1) * math.log1p(settings.gamma))
-        image = image.add_(1).div_(2).pow_(gamma).mul_(2).sub_(1)
+        image = bend_values(image, settings, generator)
     return image.masked_fill_(air, -1)
 
 
-def _noise(shape: torch.Size, sigma: float, generator: Generator) -> Tensor:
-    # Noise of a scanner is correlated over a few voxels: half of it is drawn on a half grid.
-    fine = torch.empty(shape).normal_(0, sigma, generator=generator)
-    if _chance(generator, 0.5):
-        half = [max(1, n // 2) for n in shape]
-        coarse = torch.empty(half).normal_(0, sigma, generator=generator)
-        fine = fine.mul_(0.5).add_(
-            functional.interpolate(coarse[None, None], size=list(shape), mode="nearest")[0, 0]
-        )
-    return fine
+def clip(image: Tensor, generator: Generator) -> Tensor:
+    """Clips to a range such as archives do, from (-200, -90) to (220, 300) HU; in place."""
+    low = _uniform(generator, -200, -90)
+    high = _uniform(generator, 220, 300)
+    return image.clamp_((low - WINDOW_HU[0]) * _HU - 1, (high - WINDOW_HU[0]) * _HU - 1)
 
 
-def _rewrite_clipped(image: Tensor, generator: Generator) -> Tensor:
-    """Gives values that only an archive's clipping to [-125, 275] HU made a natural spread."""
+def unclip(image: Tensor, generator: Generator) -> Tensor:
+    """Gives values that only an archive's clipping to [-125, 275] HU made a natural spread.
+
+    Those at the floor go down by an exponential of mean 15 HU, as fat does; those at the
+    ceiling, bone and contrast, go to the window's end.
+    """
     floor = (image > (-135 - WINDOW_HU[0]) * _HU - 1) & (image < (-119 - WINDOW_HU[0]) * _HU - 1)
     spread = torch.empty_like(image).exponential_(1 / (15 * _HU), generator=generator)
     image = torch.where(floor, image - spread, image)
     ceiling = image > (270 - WINDOW_HU[0]) * _HU - 1
     return image.masked_fill_(ceiling, 1)
+
+
+def blur(image: Tensor, generator: Generator) -> Tensor:
+    """A softer kernel of the scanner: each slice mixed with its mean over 3 x 3 voxels."""
+    blurred = functional.avg_pool3d(
+        image[None, None], (1, 3, 3), 1, (0, 1, 1), count_include_pad=False
+    )[0, 0]
+    return torch.lerp(image, blurred, _uniform(generator, 0.3, 1))
+
+
+def thick_slices(image: Tensor, generator: Generator) -> Tensor:
+    """As if the scan had slices 2 to 4 voxels thick: means of them, interpolated back.
+
+    Labels stay: what is where does not change, only how sharply it is seen.
+    """
+    slices = max(1, round(image.shape[0] / _uniform(generator, 2, 4)))
+    thick = functional.adaptive_avg_pool3d(image[None, None], (slices, *image.shape[1:]))
+    size = list(image.shape)
+    return functional.interpolate(thick, size=size, mode="trilinear", align_corners=False)[0, 0]
+
+
+def add_noise(image: Tensor, sigma_hu: float, generator: Generator) -> Tensor:
+    """Gaussian noise, half the time partly correlated over 2 voxels as a scanner's is; in place."""
+    fine = torch.empty(image.shape).normal_(0, sigma_hu * _HU, generator=generator)
+    if _chance(generator, 0.5):
+        half = [max(1, n // 2) for n in image.shape]
+        coarse = torch.empty(half).normal_(0, sigma_hu * _HU, generator=generator)
+        fine = fine.mul_(0.5).add_(
+            functional.interpolate(coarse[None, None], size=list(image.shape), mode="nearest")[0, 0]
+        )
+    return image.add_(fine)
+
+
+def scale_values(image: Tensor, settings: AugmentationSettings, generator: Generator) -> Tensor:
+    """Gain about the window's middle (50 HU) and offset, within the window; in place."""
+    gain = math.exp(_uniform(generator, -1, 1) * math.log1p(settings.gain))
+    offset = _uniform(generator, -1, 1) * settings.offset_hu * _HU
+    return image.mul_(gain).add_(offset).clamp_(-1, 1)
+
+
+def bend_values(image: Tensor, settings: AugmentationSettings, generator: Generator) -> Tensor:
+    """Gamma within the window, whose ends stay where they are; in place."""
+    gamma = math.exp(_uniform(generator, -1, 1) * math.log1p(settings.gamma))
+    return image.add_(1).div_(2).pow_(gamma).mul_(2).sub_(1)
 
 
 def augment(
