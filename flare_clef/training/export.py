@@ -2,49 +2,87 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import platform
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork
-from flare_clef.training.cases import Case
-from flare_clef.training.recipe import Recipe
+from flare_clef.training.cases import Case, read_labels
+from flare_clef.training.losses import UNDECIDED
 from flare_clef.training.validation import DiceTable, means
-from flare_clef.version import __version__
 from flare_clef.weights import save_weights
+
+_ALLOWED_DIFFERENCE = 0.01
+"""In Dice: what weights in half precision may move."""
 
 
 def export(
     path: Path,
     network: SegmentationNetwork,
-    recipe: Recipe,
-    cases: list[Case],
+    description: dict[str, Any],
     table: DiceTable,
     *,
+    trained_on: Sequence[Case],
+    kept_aside: Sequence[Case],
+    precision: str,
     steps: int,
     hours: float,
 ) -> None:
-    """Writes ``network`` with the record of how it was made and what it reached."""
+    """Writes ``network`` with the record of how it was made and what it reached.
+
+    ``description`` is the run's (:func:`flare_clef.training.provenance.describe`), ``table``
+    the trainer's validation. Raises UserError, and writes nothing, where ``predict`` with the
+    file does not repeat that table on the first case kept aside.
+    """
+    recipe = description["recipe"]
     record: dict[str, Any] = {
-        "flare_clef": __version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        **description["versions"],
+        "machine": description["machine"]["processor"],
         "steps": steps,
         "hours": round(hours, 2),
-        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
-        "trained_on": {case.name: case.source for case in cases},
+        "recipe": recipe,
+        "source": description["source"],
+        "trained_on": {case.name: case.source for case in trained_on},
         "validation_dice": table,
         "validation_means": {name: round(v, 4) for name, v in means(table).items()},
-        "notes": recipe.export.notes,
+        "notes": recipe["export"]["notes"],
     }
-    save_weights(
-        path,
-        network,
-        grid=recipe.finetune.stages[-1].grid,
-        record=record,
-        licence=recipe.export.licence,
-    )
+    candidate = path.with_name(f".candidate.{os.getpid()}.{path.name}")
+    try:
+        save_weights(
+            candidate,
+            network,
+            grid=recipe["finetune"]["stages"][-1]["grid"],
+            record=record,
+            licence=recipe["export"]["licence"],
+        )
+        if kept_aside and table:
+            check_prediction(candidate, kept_aside[0], table, precision)
+        os.replace(candidate, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str) -> None:
+    """Compares what ``predict`` gives for ``case`` with the trainer's row of ``table``."""
+    import SimpleITK as sitk
+
+    from flare_clef.metrics import dice_per_organ
+    from flare_clef.segmenter import Segmenter
+
+    predicted = Segmenter(weights, device="cpu", precision=precision).predict(case.image)
+    labels, truth = sitk.GetArrayFromImage(predicted), read_labels(case).array
+    labels[truth == UNDECIDED] = 0
+    found = dice_per_organ(labels, truth, case.organs)
+    expected = table[case.name]
+    for organ in sorted(found.keys() | expected.keys()):
+        one, two = found.get(organ, 0.0), expected.get(organ, 0.0)
+        if not abs(one - two) <= _ALLOWED_DIFFERENCE:
+            raise UserError(
+                f"{case.name}: predict gives a Dice of {one:.4f} for the {organ}, the trainer's "
+                f"validation {two:.4f}; weights that predict otherwise are not exported"
+            )

@@ -267,6 +267,9 @@ class Finetuning(Trainer):
             "epochs_without_gain": self.epochs_without_gain,
         }
 
+    def figures(self) -> dict[str, Any]:
+        return {"frozen": self.frozen}
+
     def restore(self, saved: dict[str, Any]) -> None:
         self.frozen = saved["frozen"]
         self.best = saved.get("best")
@@ -316,6 +319,7 @@ class Finetuning(Trainer):
         assert self.validate is not None
         table = self.validate(self.network, grid)
         self.log("validation.jsonl", {"step": done, "dice": table})
+        self.on_validation(done, table)
         if table and not by_loss:
             self._keep_best(1 - means(table)["mean"], done)
 
@@ -352,6 +356,10 @@ class Finetuning(Trainer):
         That is the last one, or its moving average; after early stopping the best one.
         """
         self.train()
+        return self.result()
+
+    def result(self) -> SegmentationNetwork:
+        """The network to export, as :meth:`run` says, in evaluation mode."""
         if self.plan.patience_epochs and self.best is not None:
             best = torch.load(self.folder / BEST, weights_only=True, map_location="cpu")
             self.network.load_state_dict(best["network"])

@@ -131,6 +131,9 @@ class Trainer:
         checkpoint_seconds: float = 120,
     ) -> None:
         self._plan, self.folder, self.on_step = plan, folder, on_step
+        self.on_validation: Callable[[int, dict[str, dict[str, float]]], None] = (
+            lambda step, table: None
+        )
         self.device = device or torch.device("cpu")
         self.checkpoint_seconds = checkpoint_seconds
         self.first = rank() == 0
@@ -175,6 +178,10 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What else decides the steps to come."""
+        return {}
+
+    def figures(self) -> dict[str, Any]:
+        """What else goes to the log of each step."""
         return {}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -316,6 +323,7 @@ class Trainer:
             "lr": rate,
             **_mean_terms(terms),
             "gradient_norm": round(norm, 3) if math.isfinite(norm) else None,
+            **self.figures(),
         }
         if not usable:
             record["skipped"] = True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from flare_clef.inference import FoldedNetwork
@@ -21,9 +22,16 @@ DiceTable = dict[str, dict[str, float]]
 
 
 def validate(
-    network: SegmentationNetwork, cases: Sequence[Case], grid: int, precision: str
+    network: SegmentationNetwork,
+    cases: Sequence[Case],
+    grid: int,
+    precision: str,
+    on_case: Callable[[Case, np.ndarray, np.ndarray, dict[str, float]], None] | None = None,
 ) -> DiceTable:
-    """Prepare, network, restore and compare, exactly as ``predict`` does."""
+    """Prepare, network, restore and compare, exactly as ``predict`` does.
+
+    ``on_case`` is given each case, its predicted and its true labels, and its scores.
+    """
     from flare_clef.images import read_image
 
     folded = FoldedNetwork(network, torch.device("cpu"), precision)
@@ -38,6 +46,8 @@ def validate(
         labels[reference.array == UNDECIDED] = 0
         scores = dice_per_organ(labels, reference.array, case.organs)
         table[case.name] = {name: round(value, 4) for name, value in scores.items()}
+        if on_case is not None:
+            on_case(case, labels, reference.array, table[case.name])
     return table
 
 

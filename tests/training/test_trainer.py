@@ -247,7 +247,7 @@ def test_train_finetune_learns_and_predict_uses_it(tmp_path: Path):
     done = CliRunner().invoke(
         app,
         ["train", "finetune", str(tmp_path / "r.toml"), "--output", str(tmp_path / "run"),
-         "--precision", "fp32"],
+         "--precision", "fp32", "--threads", "1"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     segmenter = Segmenter(tmp_path / "run" / "weights.safetensors", precision="fp32")

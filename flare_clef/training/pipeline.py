@@ -1,0 +1,271 @@
+"""The stages of a training one after the other, on the folder of a run.
+
+RUN/prepared/      prepared volumes        RUN/pretraining/   log, checkpoints, backbone
+RUN/run.json       what it is made from    RUN/               log, checkpoints, weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flare_clef.errors import UserError
+from flare_clef.network import SegmentationNetwork, UNet
+from flare_clef.training import provenance
+from flare_clef.training.backbone import BACKBONE, load_start, save_backbone
+from flare_clef.training.cases import Case, PreparedCase
+from flare_clef.training.curves import write_curves
+from flare_clef.training.datasets import read_datasets
+from flare_clef.training.export import export
+from flare_clef.training.finetuning import Finetuning
+from flare_clef.training.loop import Trainer
+from flare_clef.training.overlays import BestAndWorst
+from flare_clef.training.preparing import prepare_all
+from flare_clef.training.pretraining import Pretraining
+from flare_clef.training.processes import rank, wait
+from flare_clef.training.progress import TrainingProgress
+from flare_clef.training.recipe import Recipe
+from flare_clef.training.tensorboard import TensorBoardLog
+from flare_clef.training.validation import DiceTable, means, validate
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass
+class Run:
+    """A recipe, a folder, and how this machine computes."""
+
+    recipe: Recipe
+    base: Path
+    """The folder that paths in the recipe are relative to."""
+    folder: Path
+    precision: str
+    device: torch.device
+    say: Callable[[str], None]
+    data: Sequence[Path] = ()
+    """Folders in place of the recipe's."""
+    quiet: bool = False
+
+    def labelled(self) -> list[Case]:
+        """The cases with labels. Raises UserError at the first fault."""
+        folders = self.data or [self.base / f for f in self.recipe.data.folders]
+        cases = [case for case in _read(folders) if case.labels is not None]
+        if not cases:
+            names = ", ".join(map(str, folders)) or "data.folders names no folder"
+            raise UserError(f"{names}: no cases with labels; name a folder with --data")
+        return cases
+
+    def unlabelled(self) -> list[Case]:
+        """Further scans for pre-training."""
+        return _read([self.base / folder for folder in self.recipe.data.unlabelled])
+
+    def prepare(self, cases: Sequence[Case]) -> list[PreparedCase]:
+        """Prepared volumes, made where they are missing; all bad cases are named."""
+        if rank() == 0:
+            result = prepare_all(cases, self.folder / "prepared", self.recipe.data.grid)
+            for warning in result.warnings:
+                self.say(f"warning: {warning}")
+            for problem in result.problems:
+                self.say(f"flare-clef: {problem}")
+            if result.problems:
+                raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
+        wait()
+        return prepare_all(cases, self.folder / "prepared", self.recipe.data.grid).prepared
+
+    def describe(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Writes and returns the run's record; says what changed since it began."""
+        description = provenance.describe(self.recipe, cases, self.folder / "prepared")
+        if rank() == 0:
+            for key in provenance.write_run(self.folder, description):
+                self.say(f"warning: {key} differs from the recipe this run began with")
+        return description
+
+
+def _read(folders: Sequence[Path]) -> list[Case]:
+    dataset = read_datasets(folders)
+    if dataset.problems:
+        raise UserError(dataset.problems[0])
+    return list(dataset.cases)
+
+
+def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Cases to train on, and those kept aside."""
+    aside = run.recipe.data.kept_aside(case.name for case in cases)
+    return [c for c in cases if c.name not in aside], [c for c in cases if c.name in aside]
+
+
+def pretrain(run: Run) -> Path:
+    """Pre-trains on all scans but those kept aside; returns the backbone's file."""
+    plan = run.recipe.pretrain
+    if plan is None:
+        raise UserError("pretrain: the recipe has no [pretrain] table; add one")
+    trained, _ = split(run, run.labelled())
+    cases = trained + run.unlabelled()
+    prepared = run.prepare(cases)
+    run.describe(cases)
+    plan = plan.for_cases(len(prepared))
+    run.say(f"pre-training: {len(prepared)} scan(s), {plan.steps} steps at {plan.grid}^3")
+    trainer = Pretraining(
+        plan,
+        prepared,
+        run.folder / "pretraining",
+        architecture=run.recipe.network,
+        precision=run.precision,
+        device=run.device,
+    )
+    with _shown(run, trainer, plan.steps):
+        backbone = trainer.run()
+    path = run.folder / "pretraining" / BACKBONE
+    if rank() == 0:
+        save_backbone(path, backbone, run.recipe.network)
+        run.say(f"wrote {path}")
+    wait()
+    return path
+
+
+def finetune(run: Run) -> Path:
+    """Fine-tunes, judges on the cases kept aside, exports; returns the weights' file."""
+    recipe, plan = run.recipe, run.recipe.finetune
+    start = find_start(run)
+    cases = run.labelled()
+    trained, aside = split(run, cases)
+    prepared = run.prepare(trained)
+    prepared_aside = run.prepare(aside) if plan.patience_epochs else []
+    if plan.patience_epochs and not aside:
+        raise UserError(
+            "finetune.patience_epochs: early stopping needs cases kept aside; set data.folds or "
+            "data.validation"
+        )
+    description = run.describe(cases)
+    plan = plan.for_cases(len(prepared))
+    run.say(
+        f"fine-tuning: {len(trained)} case(s), {len(aside)} kept aside, {plan.steps} steps at most"
+    )
+
+    def judge(network: SegmentationNetwork, grid: int) -> DiceTable:
+        shown = BestAndWorst()
+        table = validate(network, aside, grid, run.precision, on_case=shown.see)
+        shown.write(run.folder / "validation", trainer.step)
+        rows = "  ".join(f"{organ} {value:.3f}" for organ, value in means(table).items())
+        run.say(f"validation at {grid}^3: {rows}")
+        return table
+
+    every = recipe.validate_every_steps
+    trainer = Finetuning(
+        plan,
+        prepared,
+        run.folder,
+        architecture=recipe.network,
+        start=start,
+        precision=run.precision,
+        kept_aside=prepared_aside,
+        validate=judge if aside else None,
+        validate_at=range(every, plan.steps, every),
+        device=run.device,
+    )
+    with _shown(run, trainer, plan.steps):
+        network = trainer.run()
+    path = run.folder / WEIGHTS
+    if rank() == 0:
+        _export(run, trainer, network, description, path)
+    wait()
+    return path
+
+
+def export_run(run: Run) -> Path:
+    """Exports the network that the run's checkpoint holds, finished or not."""
+    cases = run.labelled()
+    trained, _ = split(run, cases)
+    trainer = Finetuning(
+        run.recipe.finetune,
+        run.prepare(trained),
+        run.folder,
+        architecture=run.recipe.network,
+        precision=run.precision,
+    )
+    if trainer.step == 0:
+        raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
+    path = run.folder / WEIGHTS
+    description = provenance.read_run(run.folder)
+    _export(run, trainer, trainer.result(), description, path)
+    return path
+
+
+def _export(
+    run: Run,
+    trainer: Finetuning,
+    network: SegmentationNetwork,
+    description: dict[str, Any],
+    path: Path,
+) -> None:
+    trained, aside = split(run, run.labelled())
+    grid = run.recipe.finetune.stages[-1].grid
+    table = validate(network, aside, grid, run.precision) if aside else {}
+    for organ, value in means(table).items():
+        run.say(f"  {organ:22s} {value:.3f}")
+    export(
+        path,
+        network,
+        description,
+        table,
+        trained_on=trained,
+        kept_aside=aside,
+        precision=run.precision,
+        steps=trainer.step,
+        hours=trainer.seconds / 3600,
+    )
+    run.say(f"wrote {path}")
+
+
+def find_start(run: Run) -> SegmentationNetwork | UNet | None:
+    """What fine-tuning begins with: ``finetune.start``, else the run's own pre-training."""
+    named = run.recipe.finetune.start
+    if named:
+        return load_start(run.base / named, run.recipe.network)
+    if run.recipe.pretrain is None:
+        return None
+    path = run.folder / "pretraining" / BACKBONE
+    if not path.is_file():
+        raise UserError(
+            f"{path}: not there; run train pretrain first, or leave it out with "
+            "--set pretrain=false"
+        )
+    return load_start(path, run.recipe.network)
+
+
+@contextmanager
+def _shown(run: Run, trainer: Trainer, steps: int) -> Iterator[None]:
+    """While training: a progress bar, event files and ``curves.png`` of the trainer's folder."""
+    if rank():
+        yield
+        return
+    progress = TrainingProgress(steps, quiet=run.quiet)
+    events = TensorBoardLog(trainer.folder / "tensorboard", trainer.step)
+    say, run.say = run.say, progress.line
+
+    def on_step(record: dict[str, Any]) -> None:
+        progress.step(record)
+        events.step(record)
+        if record.get("skipped"):
+            progress.line(
+                f"step {record['step'] + 1}: skipped, the loss of {record['case']} is not finite"
+            )
+
+    def on_validation(step: int, table: DiceTable) -> None:
+        events.validation(step, means(table))
+        write_curves(trainer.folder)
+
+    trainer.on_step, trainer.on_validation = on_step, on_validation
+    try:
+        yield
+    finally:
+        progress.close()
+        events.close()
+        run.say = say
+        if (trainer.folder / "metrics.jsonl").exists():
+            write_curves(trainer.folder)
