@@ -28,8 +28,8 @@ def is_dicom_folder(path: Path) -> bool:
     return False
 
 
-def read_series(folder: Path) -> sitk.Image:
-    """The one series of ``folder``, slices sorted by position. Raises UserError, one line."""
+def series_files(folder: Path) -> tuple[str, ...]:
+    """Files of the one series of ``folder``, sorted by position. Raises UserError, one line."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder}: no DICOM series with pixel data in this folder")
@@ -40,7 +40,12 @@ def read_series(folder: Path) -> sitk.Image:
             for s, files in names.items()
         )
         raise UserError(f"{folder}: {len(series)} DICOM series ({listed}); keep one a folder")
-    files = names[series[0]]
+    return names[series[0]]
+
+
+def read_series(folder: Path) -> sitk.Image:
+    """The one series of ``folder`` as a volume. Raises UserError, one line."""
+    files = series_files(folder)
     _check_slices(folder, files)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
