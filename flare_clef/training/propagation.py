@@ -30,7 +30,7 @@ from flare_clef.training.atlas_store import (
     store_survey,
     store_vote,
 )
-from flare_clef.training.atlas_votes import DEFORMED_ATLASES, collect
+from flare_clef.training.atlas_votes import DEFORMED_ATLASES, Surroundings, Votes, collect
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, calibrate, possible_values
 from flare_clef.training.losses import UNDECIDED
@@ -117,12 +117,13 @@ class Workshop:
         return self._gather(work, "organ maps")
 
     def votes(
-        self, targets: dict[str, Path], atlases: dict[str, Path], organ: int
-    ) -> tuple[dict[str, Vote], dict[str, str]]:
-        """Fused votes by target, each from the atlases of another name; and failures."""
-        every = {name: load_maps(path) for name, path in atlases.items()}
-        weights = nearness_weights(list(every.values()), organ)
-        del every
+        self,
+        targets: dict[str, Path],
+        atlases: dict[str, Path],
+        organ: int,
+        weights: dict[int, float],
+    ) -> tuple[dict[str, tuple[Surroundings, Votes]], dict[str, str]]:
+        """By target, the votes of atlases of another name; and failures, a line each."""
         used = {t: [a for n, a in sorted(atlases.items()) if n != t] for t in targets}
         work = {
             self._pool.submit(store_survey, path, used[name], organ, weights, self.store): name
@@ -140,13 +141,16 @@ class Workshop:
         votes = {}
         for name, path in surveys.items():
             own = [vote for (target, _), vote in sorted(fitted.items()) if target == name]
-            if not own:
+            if own:
+                votes[name] = load_survey(path), collect([load_vote(vote) for vote in own])
+            else:
                 failed[name] = next(text for (target, _), text in unfit.items() if target == name)
-                continue
-            around, collected = load_survey(path), collect([load_vote(vote) for vote in own])
-            agreed = float(np.mean(collected.agreement))
-            votes[name] = Vote(around.grid, collected.fused(around.taken), agreed)
         return votes, failed
+
+
+def organ_weights(atlases: dict[str, Path], organ: int) -> dict[int, float]:
+    """:func:`nearness_weights` of stored atlases."""
+    return nearness_weights([load_maps(path) for path in atlases.values()], organ)
 
 
 def propagate(
@@ -182,12 +186,17 @@ def propagate(
         result.problems += [f"{text}; case left out" for text in failed.values()]
         names = sorted(kept)
         held = names[:: max(1, len(names) // CALIBRATION_ATLASES)][:CALIBRATION_ATLASES]
-        votes, failed = shop.votes({name: kept[name] for name in held}, kept, organ.index)
+        weights = organ_weights(kept, organ.index)
+        tried, _ = shop.votes({name: kept[name] for name in held}, kept, organ.index, weights)
         result.calibration = calibration = calibrate(
-            [vote.fused for vote in votes.values()],
-            [_true_organ(kept[name], organ.index, vote.grid) for name, vote in votes.items()],
+            [votes.fused(around.taken) for around, votes in tried.values()],
+            [_true_organ(kept[n], organ.index, around.grid) for n, (around, _) in tried.items()],
         )
-        votes, failed = shop.votes(found, kept, organ.index)
+        found_votes, failed = shop.votes(found, kept, organ.index, weights)
+        votes = {
+            name: Vote(around.grid, votes.fused(around.taken), float(np.mean(votes.agreement)))
+            for name, (around, votes) in found_votes.items()
+        }
     by_name = {case.name: case for case in cases}
     result.problems += [f"{by_name[n].labels}: {text}; left out" for n, text in failed.items()]
     for case in cases:
@@ -269,14 +278,19 @@ def probability_on(
 
     0 where ``labels`` hold another organ and where the scan's values ``hu`` rule it out.
     """
-    image = vote.grid.image((255 * calibration.probability(vote.fused)).astype(np.float32))
-    chance = sitk.Resample(image, like, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkUInt8)
-    array = sitk.GetArrayFromImage(chance)
+    array = vote_on(calibration.probability(vote.fused), vote.grid, like)
     open_ = (labels == 0) | (labels == UNDECIDED)
     if hu is not None:
         open_ &= possible_values(hu)
     array[~open_] = 0
     return array
+
+
+def vote_on(vote: np.ndarray, grid: Grid, like: sitk.Image) -> np.ndarray:
+    """``vote`` (z, y, x on ``grid``, 0 to 1) on the grid of ``like``: uint8, 255 being 1."""
+    image = grid.image((255 * vote).astype(np.float32))
+    moved = sitk.Resample(image, like, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkUInt8)
+    return sitk.GetArrayFromImage(moved)
 
 
 def _link(source: Path, link: Path) -> None:
@@ -292,13 +306,12 @@ def _link(source: Path, link: Path) -> None:
 
 def _write_records(result: Propagated, cases: dict[str, Case], organ: Organ, output: Path) -> None:
     """``cases.json`` (the folder is a training set) and ``summary.json``."""
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, entry in result.cases.items():
         case = cases[name]
         entries[name] = {"organs": list(case.organs), "source": case.source}
         if entry["labels"] == "propagated":
-            entries[name]["organs"].append(organ.name)
-            entries[name]["propagated"] = [organ.name]
+            entries[name] |= {"organs": [*case.organs, organ.name], "propagated": [organ.name]}
     summary = {
         "organ": organ.name,
         "certain_from": CERTAIN,

@@ -116,7 +116,7 @@ def load_organ_maps(path: Path, spacing_mm: float) -> OrganMaps:
         window = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
         share = sitk.Cast(labels[window] == organ, sitk.sitkFloat32)
         # Half a coarse voxel of blur, so that thin organs leave a share and no stairs.
-        share = sitk.DiscreteGaussian(share, spacing_mm**2 / 8)
+        share = sitk.DiscreteGaussian(share, [spacing_mm**2 / 8] * 3)
         share = sitk.Resample(share, reference, sitk.Transform(), sitk.sitkLinear, 0.0)
         shares[organ] = np.rint(255 * sitk.GetArrayFromImage(share)).clip(0, 255).astype(np.uint8)
     kept = {organ: share for organ, share in shares.items() if (share > 127).any()}

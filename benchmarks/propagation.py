@@ -1,0 +1,112 @@
+"""Leave-one-out: each label map in turn lacks the organ, and the others vote for it.
+
+    python benchmarks/propagation.py ATLASES STORE --organ duodenum --results results.jsonl
+    python benchmarks/propagation.py --table results.jsonl
+
+A line a map is appended as it is done; run again to go on. Judged on the map's own grid.
+Every fifth map chose the parameters and the thresholds; the table gives the others and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from flare_clef.errors import UserError
+from flare_clef.images import labels_to_sitk, read_image
+from flare_clef.organs import ORGAN_BY_NAME
+from flare_clef.training.fusion import dsc
+from flare_clef.training.propagation import Workshop, find_atlases, organ_weights, vote_on
+from flare_clef.training.registration import Grid
+
+THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
+STEPS = {
+    "affine": "affine vote of all atlases",
+    "affine_free": "the same, other organs' voxels excluded",
+    "deformed": "10 best atlases deformed, mean",
+    "local": "the same, weighted where they fit",
+}
+PARAMETERS_EVERY = 5
+
+
+def table_of(vote: np.ndarray, grid: Grid, labels: Path, organ: int, free: bool) -> list[float]:
+    """DSC at each of ``THRESHOLDS`` on the grid of the file ``labels``."""
+    true = read_image(labels)
+    share = vote_on(vote, grid, labels_to_sitk(true.array.astype(np.uint8), true))
+    if free:
+        share[(true.array != 0) & (true.array != organ)] = 0
+    return [round(dsc(share >= 255 * t, true.array == organ), 4) for t in THRESHOLDS]
+
+
+def measure(folder: Path, store: Path, organ: int, results: Path, every: int) -> None:
+    """Appends a line of ``results`` for each map that it lacks yet."""
+    done = [json.loads(line)["name"] for line in results.open()] if results.exists() else []
+    files = {path.name.split(".")[0]: path for path in find_atlases(folder)}
+    with Workshop(store, workers=2) as shop:
+        maps, failed = shop.maps(files)
+        print(*failed.values(), sep="\n")
+        weights = organ_weights(maps, organ)
+        names = sorted(maps)
+        # Those that chose the parameters first, then the others.
+        order = names[::PARAMETERS_EVERY] + [n for n in names if n not in names[::5]]
+        for name in order[::every]:
+            if name in done:
+                continue
+            began = time.monotonic()
+            votes, failed = shop.votes({name: maps[name]}, maps, organ, weights)
+            if failed:
+                raise UserError(failed[name])
+            around, collected = votes[name]
+            mean = collected.organ.mean(0)
+            grid, path = around.grid, files[name]
+            tables = {
+                "affine": table_of(around.affine_vote, grid, path, organ, free=False),
+                "affine_free": table_of(around.affine_vote, grid, path, organ, free=True),
+                "deformed": table_of(mean, grid, path, organ, free=True),
+                "local": table_of(collected.fused(around.taken), grid, path, organ, free=True),
+            }
+            seconds = round(time.monotonic() - began, 1)
+            with results.open("a") as file:
+                file.write(json.dumps({"name": name, "seconds": seconds, **tables}) + "\n")
+            print(name, *(max(tables[step]) for step in STEPS), seconds, flush=True)
+
+
+def show(results: Path) -> None:
+    """A table: thresholds by the maps of the parameters, DSC of the others and of all."""
+    lines = [json.loads(line) for line in results.open()]
+    names = sorted(line["name"] for line in lines)
+    chose = [line for line in lines if line["name"] in names[::PARAMETERS_EVERY]]
+    others = [line for line in lines if line not in chose]
+    print(f"| step | threshold | {len(others)} others | lowest | all {len(lines)} |")
+    print("| --- | --- | --- | --- | --- |")
+    for step, what in STEPS.items():
+        best = int(np.mean([line[step] for line in chose], axis=0).argmax())
+        rest = [line[step][best] for line in others]
+        every = np.mean([line[step][best] for line in lines])
+        print(
+            f"| {what} | {THRESHOLDS[best]:.2f} | {np.mean(rest):.3f} | {min(rest):.3f} | "
+            f"{every:.3f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("atlases", type=Path, nargs="?")
+    parser.add_argument("store", type=Path, nargs="?")
+    parser.add_argument("--organ", default="duodenum", choices=sorted(ORGAN_BY_NAME))
+    parser.add_argument("--results", type=Path, default=Path("propagation.jsonl"))
+    parser.add_argument("--every", type=int, default=1, help="every n-th map only")
+    parser.add_argument("--table", type=Path, help="only show what is in this file")
+    options = parser.parse_args()
+    if options.table is None:
+        organ = ORGAN_BY_NAME[options.organ].index
+        measure(options.atlases, options.store, organ, options.results, options.every)
+    show(options.table or options.results)
+
+
+if __name__ == "__main__":
+    main()
