@@ -88,10 +88,20 @@ def draw_affine(settings: AugmentationSettings, generator: Generator) -> Tensor:
     return rows
 
 
+def _affine_grid(affine: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """(1, z, y, x, 3) input coordinates of voxel centres; torch's own multiplies matrices."""
+    z, y, x = ((torch.arange(n) + 0.5) * (2 / n) - 1 for n in size)
+    columns, shift = affine[:, :3].unbind(1), affine[:, 3]
+    grid = x[None, None, :, None] * columns[0] + (
+        y[None, :, None, None] * columns[1] + (z[:, None, None, None] * columns[2] + shift)
+    )
+    return grid[None]
+
+
 def _sampling_grid(
     affine: Tensor, elastic: float, size: tuple[int, int, int], generator: Generator
 ) -> Tensor:
-    grid = functional.affine_grid(affine[None], [1, 1, *size], align_corners=False)
+    grid = _affine_grid(affine, size)
     if elastic > 0:
         coarse = torch.randn(1, 3, 5, 5, 5, generator=generator) * (2 * elastic)
         field = functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
@@ -119,7 +129,7 @@ def resample(image: Tensor, affine: Tensor) -> Tensor:
 
     Beyond the volume there is air (-1).
     """
-    grid = functional.affine_grid(affine[None], [1, 1, *image.shape], align_corners=False)
+    grid = _affine_grid(affine, tuple(image.shape))  # type: ignore[arg-type]
     return _in_slabs(image + 1, grid, "bilinear").sub_(1)
 
 
@@ -136,7 +146,7 @@ def deform(
     """
     affine = draw_affine(settings, generator)
     grid = _sampling_grid(affine, settings.elastic, size, generator)
-    image = _in_slabs(image.float() + 1, grid, "bilinear").sub_(1)
+    image = _in_slabs(image.to(torch.float32, copy=True).add_(1), grid, "bilinear").sub_(1)
     labels = _in_slabs(labels.float(), grid, "nearest").to(torch.uint8)
     return image, labels
 
@@ -177,8 +187,8 @@ def unclip(image: Tensor, generator: Generator) -> Tensor:
     ceiling, bone and contrast, go to the window's end.
     """
     floor = (image > (-135 - WINDOW_HU[0]) * _HU - 1) & (image < (-119 - WINDOW_HU[0]) * _HU - 1)
-    spread = torch.empty_like(image).exponential_(1 / (15 * _HU), generator=generator)
-    image = torch.where(floor, image - spread, image)
+    spread = torch.empty(int(floor.sum())).exponential_(1 / (15 * _HU), generator=generator)
+    image = image.masked_scatter(floor, image[floor] - spread)
     ceiling = image > (270 - WINDOW_HU[0]) * _HU - 1
     return image.masked_fill_(ceiling, 1)
 
@@ -240,7 +250,7 @@ def augment(
             return image.float(), labels
         grid = _sampling_grid(torch.eye(3, 4), 0.0, size, generator)
         return (
-            _in_slabs(image.float() + 1, grid, "bilinear").sub_(1),
+            _in_slabs(image.to(torch.float32, copy=True).add_(1), grid, "bilinear").sub_(1),
             _in_slabs(labels.float(), grid, "nearest").to(torch.uint8),
         )
     image, labels = deform(image, labels, size, settings, generator)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from flare_clef.training import augmentation
 from flare_clef.training.augmentation import (
@@ -242,3 +243,9 @@ def test_no_part_of_the_module_flips():
     for _ in range(300):
         affine = draw_affine(AugmentationSettings(), generator)[:, :3]
         assert affine[0, 0] > 0.3 and torch.linalg.det(affine) > 0
+
+
+def test_the_grid_of_an_affine_map_is_torchs():
+    affine = draw_affine(AugmentationSettings(), seeded(4))
+    theirs = functional.affine_grid(affine[None], [1, 1, 5, 6, 7], align_corners=False)
+    assert torch.allclose(augmentation._affine_grid(affine, (5, 6, 7)), theirs, atol=1e-6)
