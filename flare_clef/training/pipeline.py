@@ -6,6 +6,7 @@ RUN/run.json       what it is made from    RUN/               log, checkpoints, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from flare_clef.training.tensorboard import TensorBoardLog
 from flare_clef.training.validation import DiceTable, means, validate
 
 WEIGHTS = "weights.safetensors"
+CURVES_EVERY_SECONDS = 300
+"""Pre-training has no validation at which to draw them."""
 
 
 @dataclass
@@ -52,9 +55,9 @@ class Run:
     quiet: bool = False
 
     def labelled(self) -> list[Case]:
-        """The cases with labels. Raises UserError at the first fault."""
+        """The cases with labels. Raises UserError after naming every fault."""
         folders = self.data or [self.base / f for f in self.recipe.data.folders]
-        cases = [case for case in _read(folders) if case.labels is not None]
+        cases = [case for case in self._read(folders) if case.labels is not None]
         if not cases:
             names = ", ".join(map(str, folders)) or "data.folders names no folder"
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
@@ -62,7 +65,7 @@ class Run:
 
     def unlabelled(self) -> list[Case]:
         """Further scans for pre-training."""
-        return _read([self.base / folder for folder in self.recipe.data.unlabelled])
+        return self._read([self.base / folder for folder in self.recipe.data.unlabelled])
 
     def prepare(self, cases: Sequence[Case]) -> list[PreparedCase]:
         """Prepared volumes, made where they are missing; all bad cases are named."""
@@ -85,12 +88,22 @@ class Run:
                 self.say(f"warning: {key} differs from the recipe this run began with")
         return description
 
+    def _read(self, folders: Sequence[Path]) -> list[Case]:
+        dataset = read_datasets(folders)
+        if len(dataset.problems) == 1:
+            raise UserError(dataset.problems[0])
+        if dataset.problems:
+            for problem in dataset.problems:
+                self.say(f"flare-clef: {problem}")
+            raise UserError(f"{len(dataset.problems)} problem(s) in the data, named above")
+        return list(dataset.cases)
 
-def _read(folders: Sequence[Path]) -> list[Case]:
-    dataset = read_datasets(folders)
-    if dataset.problems:
-        raise UserError(dataset.problems[0])
-    return list(dataset.cases)
+    def draw(self, picture: Callable[[], object]) -> None:
+        """Draws; a training goes on where a picture cannot be drawn."""
+        try:
+            picture()
+        except UserError as error:
+            self.say(f"warning: {error}")
 
 
 def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
@@ -150,7 +163,7 @@ def finetune(run: Run) -> Path:
     def judge(network: SegmentationNetwork, grid: int) -> DiceTable:
         shown = BestAndWorst()
         table = validate(network, aside, grid, run.precision, on_case=shown.see)
-        shown.write(run.folder / "validation", trainer.step)
+        run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
         rows = "  ".join(f"{organ} {value:.3f}" for organ, value in means(table).items())
         run.say(f"validation at {grid}^3: {rows}")
         return table
@@ -247,10 +260,18 @@ def _shown(run: Run, trainer: Trainer, steps: int) -> Iterator[None]:
     progress = TrainingProgress(steps, quiet=run.quiet)
     events = TensorBoardLog(trainer.folder / "tensorboard", trainer.step)
     say, run.say = run.say, progress.line
+    drawn_at = time.monotonic()
+
+    def draw_curves() -> None:
+        nonlocal drawn_at
+        run.draw(lambda: write_curves(trainer.folder))
+        drawn_at = time.monotonic()
 
     def on_step(record: dict[str, Any]) -> None:
         progress.step(record)
         events.step(record)
+        if time.monotonic() - drawn_at > CURVES_EVERY_SECONDS:
+            draw_curves()
         if record.get("skipped"):
             progress.line(
                 f"step {record['step'] + 1}: skipped, the loss of {record['case']} is not finite"
@@ -258,7 +279,7 @@ def _shown(run: Run, trainer: Trainer, steps: int) -> Iterator[None]:
 
     def on_validation(step: int, table: DiceTable) -> None:
         events.validation(step, means(table))
-        write_curves(trainer.folder)
+        draw_curves()
 
     trainer.on_step, trainer.on_validation = on_step, on_validation
     try:
@@ -268,4 +289,4 @@ def _shown(run: Run, trainer: Trainer, steps: int) -> Iterator[None]:
         events.close()
         run.say = say
         if (trainer.folder / "metrics.jsonl").exists():
-            write_curves(trainer.folder)
+            draw_curves()
