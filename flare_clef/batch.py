@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flare_clef.errors import UserError
+from flare_clef.formats import ENDINGS, SUFFIX_OF
 from flare_clef.images import SUFFIXES, find_inputs, output_name, read_image, strip_suffix
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Job:
 
     @property
     def case(self) -> str:
-        return strip_suffix(self.target.name)[0]
+        name = self.target.name
+        return strip_suffix(name)[0].removesuffix(".seg").removesuffix(".dcm")
 
 
 @dataclass
@@ -50,16 +52,22 @@ class CaseResult:
     volume_ml: dict[str, float] = field(default_factory=dict)
 
 
-def plan_jobs(source: Path, target: Path) -> list[Job]:
+def plan_jobs(source: Path, target: Path, form: str | None = None) -> list[Job]:
     """Jobs for INPUT and OUTPUT of the command line. Raises UserError before anything runs.
 
     A file in: a file or folder out (a folder is what exists as one, or has no suffix of an
     image). A folder in: a folder out. Two inputs with the same output are refused, and so is
-    an output that would overwrite an input.
+    an output that would overwrite an input. ``form``: one of ``SUFFIX_OF``; by default the
+    input's own format, NIfTI for DICOM.
     """
+    ending = _ending(form)
     inputs = find_inputs(source)
     one = len(inputs) == 1 and inputs[0] == source
     suffix = "" if target.is_dir() else strip_suffix(target.name)[1]
+    if ending == ".dcm" and target.suffix == ".dcm":
+        suffix = ".dcm"
+    if suffix and form and not target.name.lower().endswith(ENDINGS[form]):
+        raise UserError(f"{target}: --format {form} writes {ending} files; rename the output")
     if suffix and not one:
         raise UserError(
             f"{target}: {source} is a folder of {len(inputs)} scan(s), so the output must be a "
@@ -67,7 +75,7 @@ def plan_jobs(source: Path, target: Path) -> list[Job]:
         )
     if target.is_file() and not suffix:
         raise UserError(f"{target}: is a file of another kind; labels go to {' '.join(SUFFIXES)}")
-    jobs = [Job(path, target if suffix else target / output_name(path)) for path in inputs]
+    jobs = [Job(path, target if suffix else target / output_name(path, ending)) for path in inputs]
     writers: dict[Path, Path] = {}
     taken = {path.resolve() for path in inputs}
     for job in jobs:
@@ -82,6 +90,14 @@ def plan_jobs(source: Path, target: Path) -> list[Job]:
                 f"{job.target}: the labels would overwrite this input; choose another folder"
             )
     return jobs
+
+
+def _ending(form: str | None) -> str | None:
+    if form is None:
+        return None
+    if form not in SUFFIX_OF:
+        raise UserError(f"--format {form}: unknown; known are {', '.join(SUFFIX_OF)}")
+    return SUFFIX_OF[form]
 
 
 def shard(jobs: Sequence[Job], part: str) -> list[Job]:

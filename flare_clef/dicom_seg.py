@@ -42,17 +42,6 @@ _CATEGORY = ("123037004", "Anatomical Structure")
 _SIDES = {"right": ("24028007", "Right"), "left": ("7771000", "Left")}
 
 
-def require_highdicom() -> None:
-    """Raises UserError, before anything is computed, where the objects cannot be made."""
-    try:
-        import highdicom
-    except ImportError:
-        raise UserError(
-            '--format dicom-seg: highdicom is missing; pip install "flare-clef[dicom]"'
-        ) from None
-    del highdicom
-
-
 def segmentation_file(
     labels: np.ndarray, folder: Path, organs: Collection[int] | None = None
 ) -> bytes:

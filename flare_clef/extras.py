@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flare_clef.images import Image, write_labels
-from flare_clef.measurements import MeasurementFiles, measure
+import numpy as np
+
+from flare_clef.formats import itksnap_labels, slicer_colours
+from flare_clef.images import Image, strip_suffix, write_bytes, write_labels
+from flare_clef.measurements import CaseMeasurement, MeasurementFiles, measure
+from flare_clef.organs import ORGANS
 
 if TYPE_CHECKING:
     from flare_clef.batch import Job
@@ -21,25 +26,75 @@ class Extras:
     organs: Collection[int] | None = None
     """Label values that were asked for; None means all."""
     measurements: MeasurementFiles | None = None
+    report: bool = False
+    split: bool = False
+    largest: bool = False
     probabilities: bool = False
 
     @property
     def needs_confidence(self) -> bool:
         """Whether anything here tells how sure the network is."""
-        return self.measurements is not None
+        return self.report or self.measurements is not None
 
     def write(self, job: Job, found: Segmentation, image: Image) -> tuple[str, ...]:
         """Writes everything of one case; returns warnings for it. Raises UserError."""
-        write_labels(found.labels, image, job.target)
-        if self.measurements is None:
+        if self.largest:
+            from flare_clef.postprocess import keep_largest
+
+            keep_largest(found.labels)
+        self._write_labels(job, found.labels, image)
+        stem = job.target.with_name(job.case)
+        if self.split:
+            self._write_split(stem, found.labels, image, job.target)
+        if self.probabilities and found.logits is not None and found.placement is not None:
+            from flare_clef.probabilities import probabilities_file
+
+            content = probabilities_file(found.logits, found.placement, image)
+            write_bytes(stem.with_name(f"{stem.name}.probabilities.npz"), content)
+        if not self.needs_confidence:
             return ()
         case = measure(
             job.case, found.labels, image, organs=self.organs, confidence=found.confidence
         )
-        facts = {
-            "input": str(job.source),
-            "labels": str(job.target),
-            "spacing_mm": list(image.spacing_mm),
-        }
-        self.measurements.add(case, facts)
+        if self.measurements is not None:
+            self.measurements.add(case, _facts(job, image))
+        if self.report:
+            self._write_report(stem, found.labels, image, case, job.source)
         return tuple(case.all_warnings())
+
+    def _write_labels(self, job: Job, labels: np.ndarray, image: Image) -> None:
+        if job.target.suffix == ".dcm":
+            from flare_clef.dicom_seg import segmentation_file
+
+            write_bytes(job.target, segmentation_file(labels, job.source, self.organs))
+        else:
+            write_labels(labels, image, job.target)
+
+    def _write_split(self, stem: Path, labels: np.ndarray, image: Image, target: Path) -> None:
+        """One mask a file, 0 and 1, in a folder called as the case; absent organs are empty."""
+        suffix = strip_suffix(target.name)[1] or ".nii.gz"
+        for organ in ORGANS:
+            if self.organs is None or organ.index in self.organs:
+                mask = (labels == organ.index).view(np.uint8)
+                write_labels(mask, image, stem / f"{organ.name}{suffix}", named=False)
+
+    def _write_report(
+        self, stem: Path, labels: np.ndarray, image: Image, case: CaseMeasurement, source: Path
+    ) -> None:
+        from flare_clef.report import write_report
+
+        write_report(stem, labels, image, case, source)
+
+
+def _facts(job: Job, image: Image) -> dict[str, object]:
+    return {
+        "input": str(job.source),
+        "labels": str(job.target),
+        "spacing_mm": list(image.spacing_mm),
+    }
+
+
+def write_label_tables(folder: Path) -> None:
+    """``labels.itksnap.txt`` and ``labels.ctbl`` for ITK-SNAP and 3D Slicer."""
+    write_bytes(folder / "labels.itksnap.txt", itksnap_labels().encode())
+    write_bytes(folder / "labels.ctbl", slicer_colours().encode())

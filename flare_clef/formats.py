@@ -10,6 +10,14 @@ from flare_clef.organs import ORGANS
 SUFFIX_OF = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha", "dicom-seg": ".dcm"}
 """The formats that labels are written in, and what their files are called."""
 
+ENDINGS = {
+    "nifti": (".nii.gz", ".nii"),
+    "nrrd": (".nrrd",),
+    "mha": (".mha",),
+    "dicom-seg": (".dcm",),
+}
+"""What a file that a user names may end in."""
+
 _CARET = 30
 """NIFTI_ECODE_CARET of nifti1_io.h: the label table of Connectome Workbench."""
 

@@ -301,10 +301,11 @@ def _written_beside(path: Path) -> Iterator[Path]:
         _temporary.discard(temporary)
 
 
-def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
+def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = True) -> None:
     """Writes uint8 ``labels`` (z, y, x) with the geometry of ``like``, atomically.
 
-    The suffix decides the format; NIfTI and NRRD carry the organs' names and colours. From
+    The suffix decides the format; NIfTI and NRRD carry the organs' names and colours, unless
+    ``named`` is False (masks whose 1 is not the liver). From
     NIfTI to NIfTI the header's geometry is repeated bit for bit. Raises UserError where the
     file cannot be written; nothing is left behind then.
     """
@@ -316,10 +317,10 @@ def write_labels(labels: np.ndarray, like: Image, path: Path) -> None:
         with _written_beside(path) as temporary:
             if suffix.startswith(".nii"):
                 header = like.nifti_header or _itk_header(like, temporary)
-                _write_nifti(labels, header, temporary, suffix == ".nii.gz")
+                _write_nifti(labels, header, temporary, suffix == ".nii.gz", named)
                 return
             image = labels_to_sitk(labels, like)
-            if suffix == ".nrrd":
+            if suffix == ".nrrd" and named:
                 for key, value in slicer_keys(image.GetSize()).items():
                     image.SetMetaData(key, value)
             sitk.WriteImage(image, str(temporary), True, 1)
@@ -347,13 +348,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool) -> None:
+def _write_nifti(
+    labels: np.ndarray, like: bytes, path: Path, compress: bool, named: bool
+) -> None:
     # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
         if compress:
             file = stack.enter_context(gzip.GzipFile("", "wb", 1, file, mtime=0))
-        file.write(nifti.label_header(labels.shape, like))
+        file.write(nifti.label_header(labels.shape, like, named=named))
         for plane in labels:
             file.write(np.ascontiguousarray(plane))
 

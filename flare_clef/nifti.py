@@ -204,17 +204,17 @@ def sform_geometry(
     return tuple(spacing), tuple(affine[:3, 3]), tuple(direction.ravel())
 
 
-def label_header(shape: tuple[int, ...], like: bytes) -> bytes:
+def label_header(shape: tuple[int, ...], like: bytes, *, named: bool = True) -> bytes:
     """What precedes the voxels of uint8 labels of ``shape`` (z, y, x), placed as ``like`` is.
 
-    Names and colours of the labels follow the 348 bytes as an extension.
+    Where ``named``, the organs' names and colours follow the 348 bytes as an extension.
     """
     order = "<" if struct.unpack_from("<i", like)[0] == HEADER_BYTES else ">"
     raw = bytearray(like[:HEADER_BYTES])
     depth, height, width = shape
     struct.pack_into(order + "8h", raw, 40, 3, width, height, depth, 1, 1, 1, 1)
     struct.pack_into(order + "hh", raw, 70, 2, 8)
-    extension = nifti_extension(order)
+    extension = nifti_extension(order) if named else b"\0" * 4
     struct.pack_into(order + "fff", raw, 108, float(HEADER_BYTES + len(extension)), 1.0, 0.0)
     struct.pack_into(order + "ff", raw, 124, 0.0, 0.0)
     raw[344:348] = b"n+1\0"

@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flare_clef.errors import UserError
 from flare_clef.images import Image, write_bytes
 from flare_clef.measurements import CaseMeasurement, OrganMeasurement
 from flare_clef.organs import ORGAN_BY_NAME
@@ -33,15 +32,6 @@ _CAPTIONS = {
     "front": "Surfaces from the front",
     "back": "Surfaces from the back",
 }
-
-
-def require_pillow() -> None:
-    """Raises UserError, before anything is computed, where reports cannot be drawn."""
-    try:
-        from PIL import ImageFont
-    except ImportError:
-        raise UserError('--report: Pillow is missing; pip install "flare-clef[report]"') from None
-    del ImageFont
 
 
 def write_report(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import body_hu, write_scan
 from typer.testing import CliRunner
 
+from flare_clef.batch import plan_jobs
 from flare_clef.cli import app
+from flare_clef.errors import UserError
 
 
 @pytest.fixture
@@ -47,3 +51,71 @@ def test_skipped_cases_keep_their_measurements(scans: Path, tmp_path: Path, tiny
     (out / "b.mha").unlink()
     predict(scans, out, tiny_weights, "--measurements", "--skip-existing")
     assert json.loads((out / "measurements.json").read_text())["cases"] == before
+
+
+def test_report_split_tables_probabilities(scans: Path, tmp_path: Path, tiny_weights: Path):
+    pytest.importorskip("PIL", reason="Pillow is not installed (extra: report)")
+    out = tmp_path / "out"
+    options = ("--report", "--split", "--label-tables", "--probabilities", "--format", "nrrd")
+    predict(scans / "b.mha", out, tiny_weights, *options, "--organs", "liver,spleen")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "b", "b.png", "b.probabilities.npz", "b.report.html", "b.seg.nrrd", "labels.ctbl",
+        "labels.itksnap.txt",
+    ]  # fmt: skip
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "b.seg.nrrd")))
+    assert sorted(p.name for p in (out / "b").iterdir()) == ["liver.nrrd", "spleen.nrrd"]
+    spleen = sitk.ReadImage(str(out / "b" / "spleen.nrrd"))
+    assert np.array_equal(sitk.GetArrayFromImage(spleen), labels == 3)
+    assert spleen.GetSpacing() == (1.5, 1.5, 3.0)
+    maps = np.load(out / "b.probabilities.npz")["probability_x255"]
+    assert maps.shape == (13, 32, 32, 32) and maps.std() > 1
+
+
+def test_largest_part_only(scans: Path, tmp_path: Path, tiny_weights: Path):
+    predict(scans, tmp_path / "all", tiny_weights)
+    predict(scans, tmp_path / "one", tiny_weights, "--postprocess", "largest", "--measurements")
+    cases = json.loads((tmp_path / "one" / "measurements.json").read_text())["cases"]
+    assert all(o["parts"] <= 1 for c in cases for o in c["organs"] if o["organ"] != "aorta")
+    before, after = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "a.nii.gz")))
+        for name in ("all", "one")
+    )
+    assert 0 < (after > 0).sum() < (before > 0).sum()
+    assert np.array_equal(after[after > 0], before[after > 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--format", "jpeg"), "--format jpeg: unknown; known are nifti, nrrd, mha, dicom-seg"),
+        (("--postprocess", "all"), "--postprocess all: unknown"),
+    ],
+)
+def test_mistakes(scans: Path, tmp_path: Path, options, words):
+    with pytest.raises(UserError, match=words):
+        CliRunner().invoke(
+            app, ["predict", str(scans), str(tmp_path / "out"), *options], catch_exceptions=False
+        )
+
+
+def test_a_file_of_another_format_is_refused(scans: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--format nrrd writes .seg.nrrd files"):
+        plan_jobs(scans / "b.mha", tmp_path / "labels.nii.gz", "nrrd")
+    jobs = plan_jobs(scans / "b.mha", tmp_path / "labels.nii", "nifti")
+    assert jobs[0].target.name == "labels.nii"
+    assert [job.target.name for job in plan_jobs(scans, tmp_path / "o", "dicom-seg")] == [
+        "a.dcm",
+        "b.dcm",
+    ]
+    assert [job.case for job in plan_jobs(scans, tmp_path / "o", "nrrd")] == ["a", "b"]
+
+
+def test_dicom_seg_of_a_file_fails_by_name(scans: Path, tmp_path: Path, tiny_weights: Path):
+    pytest.importorskip("highdicom", reason="highdicom is not installed (extra: dicom)")
+    arguments = ["predict", scans / "b.mha", tmp_path / "out", "--weights", tiny_weights]
+    done = CliRunner().invoke(
+        app, [*map(str, arguments), "--precision", "fp32", "--format", "dicom-seg"]
+    )
+    assert done.exit_code == 1
+    assert "needs a folder of one DICOM series" in done.output
+    assert not list((tmp_path / "out").glob("*"))

@@ -70,6 +70,52 @@ def predict(
             help="Write measurements.csv and .json: volume in ml, HU, box in mm, parts, hints.",
         ),
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            rich_help_panel=BESIDE,
+            help="Write NAME.report.html and NAME.png: planes, surfaces, table. Needs the extra "
+            "'report'.",
+        ),
+    ] = False,
+    split: Annotated[
+        bool,
+        typer.Option("--split", rich_help_panel=BESIDE, help="Write one mask an organ to NAME/."),
+    ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            rich_help_panel=BESIDE,
+            help="Write NAME.probabilities.npz: 13 maps of 192^3, 92 MB in memory and up to "
+            "368 MB a case kept for it.",
+        ),
+    ] = False,
+    label_tables: Annotated[
+        bool,
+        typer.Option(
+            "--label-tables",
+            rich_help_panel=BESIDE,
+            help="Write names and colours for ITK-SNAP and 3D Slicer beside the labels.",
+        ),
+    ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="nifti|nrrd|mha|dicom-seg",
+            help="Format of the labels; by default the input's, NIfTI for DICOM. dicom-seg needs "
+            "a DICOM series and the extra 'dicom'.",
+        ),
+    ] = None,
+    postprocess: Annotated[
+        str | None,
+        typer.Option(
+            metavar="largest",
+            help="Keep only the largest part of each organ but the aorta; by default all parts.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object a case on stdout, with volumes in ml.")
@@ -81,7 +127,8 @@ def predict(
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
-    jobs = batch.plan_jobs(input, output)
+    jobs = batch.plan_jobs(input, output, form)
+    _check_outputs(form, postprocess, report=report)
     if shard is not None:
         jobs = batch.shard(jobs, shard)
     progress = Progress(len(jobs), quiet=quiet)
@@ -100,15 +147,23 @@ def predict(
     if todo:
         # The first scan is read while torch is still being imported.
         reader = batch.Reader(todo)
-        from flare_clef.extras import Extras
+        from flare_clef.extras import Extras, write_label_tables
         from flare_clef.measurements import MeasurementFiles
         from flare_clef.segmenter import Segmenter, organ_indices
 
         wanted = organ_indices(names)
-        extras = Extras(organs=wanted)
+        extras = Extras(
+            organs=wanted,
+            report=report,
+            split=split,
+            largest=postprocess == "largest",
+            probabilities=probabilities,
+        )
+        folder = jobs[0].target.parent
+        if label_tables:
+            write_label_tables(folder)
         if measurements:
             kept = [result.job.case for result in results]
-            folder = jobs[0].target.parent
             extras.measurements = MeasurementFiles(folder, part=shard or "", kept=kept)
         segmenter = Segmenter(
             weights,
@@ -133,6 +188,20 @@ def predict(
         )
     progress.close()
     _summary(results, progress)
+
+
+def _check_outputs(form: str | None, postprocess: str | None, *, report: bool) -> None:
+    """What can be known to fail before anything is computed. Raises UserError."""
+    from importlib.util import find_spec
+
+    from flare_clef.errors import UserError
+
+    if postprocess not in (None, "largest"):
+        raise UserError(f"--postprocess {postprocess}: unknown; known is largest")
+    if report and find_spec("PIL") is None:
+        raise UserError('--report: Pillow is missing; pip install "flare-clef[report]"')
+    if form == "dicom-seg" and find_spec("highdicom") is None:
+        raise UserError('--format dicom-seg: highdicom is missing; pip install "flare-clef[dicom]"')
 
 
 def _report(result: CaseResult, progress: Progress, *, json: bool, number: int, total: int) -> None:
