@@ -52,7 +52,7 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
         weights = organ_weights(maps, organ)
         names = sorted(maps)
         # Those that chose the parameters first, then the others.
-        order = names[::PARAMETERS_EVERY] + [n for n in names if n not in names[::5]]
+        order = names[::PARAMETERS_EVERY] + [n for n in names if n not in names[::PARAMETERS_EVERY]]
         for name in order[::every]:
             if name in done:
                 continue

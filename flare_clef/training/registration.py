@@ -8,6 +8,7 @@ on distance maps of the organs. Arrays are (z, y, x), points (x, y, z) in mm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,11 @@ class Grid:
         image.SetSpacing((self.spacing_mm,) * 3)
         return image
 
+    def coarser(self) -> Grid:
+        """Every second voxel along each axis: the grid of ``array[::2, ::2, ::2]``."""
+        half = tuple((n + 1) // 2 for n in self.shape)
+        return Grid(self.origin_mm, half, 2 * self.spacing_mm)  # type: ignore[arg-type]
+
     def part(self, box: tuple[slice, slice, slice]) -> Grid:
         """The grid of ``array[box]``."""
         start = [box[axis].start for axis in (2, 1, 0)]
@@ -61,15 +67,19 @@ class OrganMaps:
     volume_mm: np.ndarray
     """(2, 3): lowest and highest voxel centre of the label map, (x, y, z) in LPS."""
 
-    def points(self, organ: int) -> np.ndarray:
-        """(n, 3) places in mm of at most some 2,000 voxels of ``organ``."""
-        places = np.argwhere(self.shares[organ] > 127)[:, ::-1]
-        places = places[:: max(1, len(places) // 2000)]
-        return places * self.grid.spacing_mm + np.array(self.grid.origin_mm)
+    @cached_property
+    def points(self) -> dict[int, np.ndarray]:
+        """Of each organ the places (n, 3) in mm of at most some 4,000 of its voxels."""
+        found = {}
+        for organ, share in self.shares.items():
+            places = np.argwhere(share > 127)[:, ::-1]
+            places = places[:: max(1, len(places) // 2000)]
+            found[organ] = places * self.grid.spacing_mm + np.array(self.grid.origin_mm)
+        return found
 
     def is_cut(self, organ: int) -> bool:
         """Whether ``organ`` reaches the lowest or highest slice, so that part may be missing."""
-        z = self.points(organ)[:, 2]
+        z = self.points[organ][:, 2]
         edge = 1.5 * self.grid.spacing_mm
         return bool(z.min() < self.volume_mm[0, 2] + edge or z.max() > self.volume_mm[1, 2] - edge)
 
@@ -129,9 +139,9 @@ def nearness_weights(maps: list[OrganMaps], organ: int) -> dict[int, float]:
     for one in maps:
         if organ not in one.shares:
             continue
-        middle = one.points(organ).mean(0)
+        middle = one.points[organ].mean(0)
         for other in one.shares:
-            away = float(np.linalg.norm(one.points(other).mean(0) - middle))
+            away = float(np.linalg.norm(one.points[other].mean(0) - middle))
             distances.setdefault(other, []).append(away)
     return {
         k: 0.05 + float(np.exp(-0.5 * (np.mean(away) / _NEAR_MM) ** 2))
@@ -154,8 +164,8 @@ def affine_map(
         raise UserError(
             f"only {len(common)} organ(s) in common; {LEAST_COMMON_ORGANS} are needed to place it"
         )
-    here = {k: target.points(k) for k in common}
-    there = {k: atlas.points(k) for k in common}
+    here = {k: target.points[k] for k in common}
+    there = {k: atlas.points[k] for k in common}
     cut = any(target.is_cut(k) or atlas.is_cut(k) for k in common)
     matrix, shift = _fit(here, there, weights, stiff=cut)
     for _ in range(_VIEWS if cut else 0):

@@ -28,7 +28,7 @@ def test_shares_keep_volume_and_place_whatever_the_stored_axes(tmp_path: Path) -
         np.testing.assert_array_equal(straight.shares[organ], flipped.shares[organ])
         z, y, x = np.argwhere(labels == organ).mean(0)
         expected = np.array([x, y, z]) * SPACING_MM + (-100.0, -80.0, 30.0)
-        np.testing.assert_allclose(straight.points(organ).mean(0), expected, atol=1.0)
+        np.testing.assert_allclose(straight.points[organ].mean(0), expected, atol=1.0)
 
 
 def test_affine_map_finds_a_known_scale_and_shift(tmp_path: Path) -> None:
