@@ -175,6 +175,8 @@ def _draw_loss(panel: Any, run: Run) -> None:
     if run.validation_loss:
         points = zip(*sorted(run.validation_loss.items()), strict=True)
         panel.plot(*points, "o-", color="#b03060", linewidth=1.3, markersize=4, label="validation")
+    if run.frozen_from is not None:
+        panel.plot([], [], color=_PALE, linewidth=0.9, linestyle=":", label="statistics frozen")
     skipped = int(np.isnan(run.loss).sum())
     note = f"; {skipped} without a finite loss" if skipped else ""
     panel.set_title(f"Training loss, {len(run.steps)} steps{note}", loc="left", fontsize=10)

@@ -218,9 +218,14 @@ def _export(
 ) -> None:
     trained, aside = split(run, run.labelled())
     grid = run.recipe.finetune.stages[-1].grid
-    table = validate(network, aside, grid, run.precision) if aside else {}
+    shown = BestAndWorst()
+    table = validate(network, aside, grid, run.precision, on_case=shown.see) if aside else {}
     for organ, value in means(table).items():
         run.say(f"  {organ:22s} {value:.3f}")
+    if table:
+        trainer.log("validation.jsonl", {"step": trainer.step, "dice": table})
+        run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
+        run.draw(lambda: write_curves(run.folder))
     export(
         path,
         network,
