@@ -10,18 +10,20 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from flare_clef.network import Architecture
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.finetuning import Finetuning, FinetuningPlan, Stage
 from flare_clef.training.loop import Stopped, Trainer
-from flare_clef.training.processes import join_processes, leave_processes, rank
 from flare_clef.training.pretraining import Pretraining, PretrainingPlan
+from flare_clef.training.processes import join_processes, leave_processes, rank
 
 SMALL = Architecture(widths=(4, 8), encoder_convs=(1, 1), decoder_convs=(1,), head_channels=4)
 
@@ -37,6 +39,15 @@ FINETUNE = FinetuningPlan(
 PRETRAIN = PretrainingPlan(
     steps=8, grid=16, features=4, anchors=8, leaves=64, points=256, weight_average=0.9
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More threads would wait for each other longer than these networks compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_cases(folder: Path, count: int = 3, spoilt: bool = False) -> list[PreparedCase]:
