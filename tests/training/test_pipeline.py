@@ -1,0 +1,131 @@
+"""``flare-clef train``: all stages by the command line, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_trainer import make_folder
+from typer.testing import CliRunner
+
+from flare_clef.cli import app
+from flare_clef.training.recipe import load_recipe
+from flare_clef.weights import load_weights
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+validate_every_steps = 4
+[data]
+folders = ["data"]
+folds = 3
+grid = 32
+[network]
+widths = [4, 8]
+encoder_convs = [1, 1]
+decoder_convs = [1]
+head_channels = 4
+[pretrain]
+steps = 3
+grid = 16
+features = 4
+anchors = 8
+leaves = 64
+points = 256
+[finetune]
+patience_epochs = 5
+[[finetune.stages]]
+grid = 32
+epochs = 4
+learning_rate = [1e-2, 1e-3]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_folder(folder / "data", 3)
+    (folder / "r.toml").write_text(RECIPE)
+    return folder
+
+
+def call(folder: Path, *arguments: str):
+    options = ["--precision", "fp32", "--threads", "1"]
+    return CliRunner().invoke(app, ["train", *arguments, *options])
+
+
+def test_a_recipe_alone_runs_all_stages(folder: Path):
+    run = folder / "run"
+    done = call(folder, str(folder / "r.toml"), "--output", str(run), "--set", "finetune.seed=3")
+    assert done.exit_code == 0, done.output
+    assert (run / "pretraining" / "backbone.safetensors").is_file()
+    record = load_weights(run / "weights.safetensors").record
+    assert len(record["trained_on"]) == 2 and len(record["validation_dice"]) == 1
+    assert record["recipe"]["finetune"]["seed"] == 3
+    for name in ("curves.png", "best.pt", "validation/best.png", "metrics.jsonl"):
+        assert (run / name).is_file(), name
+    described = json.loads((run / "run.json").read_text())
+    assert described["recipe"]["finetune"]["seed"] == 3
+    assert {len(s) for c in described["cases"].values() for s in c["sha256"].values()} == {64}
+    assert described["versions"].keys() == {"flare_clef", "python", "torch", "numpy"}
+
+    # Once more: nothing is trained again, the weights are the same.
+    before = (run / "metrics.jsonl").read_text()
+    again = call(folder, "run", str(folder / "r.toml"), "--output", str(run))
+    assert again.exit_code == 0, again.output
+    assert "finetune.seed differs from the recipe this run began with" in again.output
+    assert (run / "metrics.jsonl").read_text() == before
+
+    (run / "weights.safetensors").unlink()
+    exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run))
+    assert exported.exit_code == 0, exported.output
+    assert load_weights(run / "weights.safetensors").record["steps"] == record["steps"]
+
+
+def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypatch):
+    def flattering(network, cases, grid, precision, on_case=None):
+        return {case.name: {"liver": 0.987} for case in cases}
+
+    monkeypatch.setattr("flare_clef.training.pipeline.validate", flattering)
+    run = folder / "flattered"
+    done = call(
+        folder, "finetune", str(folder / "r.toml"), "--output", str(run),
+        "--set", "pretrain=false", "--set", "finetune.patience_epochs=0",
+    )  # fmt: skip
+    assert done.exit_code != 0
+    assert "weights that predict otherwise are not exported" in str(done.exception)
+    assert not list(run.glob("*weights*"))
+
+
+def test_what_is_missing_is_named(folder: Path):
+    recipe = str(folder / "r.toml")
+    done = call(folder, "finetune", recipe, "--output", str(folder / "new"))
+    assert "run train pretrain first" in str(done.exception)
+    done = call(
+        folder, "pretrain", recipe, "--output", str(folder / "new"), "--set", "pretrain=false"
+    )
+    assert "no [pretrain] table" in str(done.exception)
+    done = call(
+        folder, "finetune", recipe, "--output", str(folder / "new"),
+        "--set", "pretrain=false", "--set", "data.folds=0", "--set", 'data.validation=["c9"]',
+    )  # fmt: skip
+    assert "no case c9 with labels" in str(done.exception)
+
+
+def test_the_papers_recipe_says_what_the_paper_says():
+    recipe = load_recipe(ROOT / "recipes" / "paper.toml")
+    plan, pretrain = recipe.finetune, recipe.pretrain
+    assert pretrain is not None
+    assert (pretrain.grid, pretrain.epochs, pretrain.rate, pretrain.batch) == (192, 50, 4e-4, 1)
+    (stage,) = plan.stages
+    assert (stage.grid, stage.epochs, stage.learning_rate) == (192, 50, (1e-3, 1e-3))
+    assert stage.augmentation is None and stage.freeze_after == 1
+    assert (plan.loss, plan.batch, plan.patience_epochs) == ("sigmoid", 1, 3)
+    assert {plan.for_cases(40).learning_rate(step) for step in (0, 999, 1999)} == {1e-3}
+    assert recipe.data.folds == 5
+    names = [f"FLARE22_Tr_{k:04d}" for k in range(1, 51)]
+    folds = [
+        load_recipe(ROOT / "recipes" / "paper.toml", [f"data.fold={k}"]).data.kept_aside(names)
+        for k in range(5)
+    ]
+    assert [len(fold) for fold in folds] == [10] * 5 and set().union(*folds) == set(names)
