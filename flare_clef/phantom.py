@@ -30,7 +30,7 @@ from flare_clef.phantom_organs import (
     renal_medulla,
     tissue_hu,
 )
-from flare_clef.phantom_shapes import Shape, half_space, tube, within
+from flare_clef.phantom_shapes import Shape, half_space, within
 
 TOP_MM, BOTTOM_MM = 155.0, -245.0
 """Between which heights there is anatomy: the heart's middle and the upper pelvis."""

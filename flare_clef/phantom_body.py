@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from flare_clef.phantom_canvas import Canvas
+from flare_clef.phantom_canvas import EDGE_MM, Canvas
 from flare_clef.phantom_organs import AORTA_COURSE, CAVITY, DIAPHRAGM, Phase, tissue_hu
 from flare_clef.phantom_shapes import (
     Field,
     Point,
     Shape,
+    as_point,
     column,
     curve,
     ellipsoid,
@@ -21,14 +22,14 @@ from flare_clef.phantom_shapes import (
     within,
 )
 
-FAT_HU, SKIN_HU, AIR_HU, LUNG_HU = -103.0, 15.0, -990.0, -850.0
-CORTEX_HU, MARROW_HU, DISC_HU, CARTILAGE_HU = 620.0, 210.0, 85.0, 105.0
+FAT_HU, SKIN_HU, AIR_HU, LUNG_HU, TABLE_HU = -103.0, 15.0, -990.0, -850.0, 150.0
+CORTEX_HU, MARROW_HU, DISC_HU, CARTILAGE_HU = 480.0, 165.0, 80.0, 105.0
 _LOW, _HIGH = -260.0, 190.0
 
 # Heights of the vertebral bodies' middles, T6 to the sacrum, and the front of the spine.
 VERTEBRAE_Z = (198.0, 174.0, 150.0, 126.0, 100.0, 73.0, 42.0, 8.0, -26.0, -60.0, -94.0, -127.0)
 _FRONT_Z = (-160.0, -125.0, -80.0, -40.0, 0.0, 40.0, 80.0, 120.0, 160.0, 200.0)
-_FRONT_Y = (-24.0, -34.0, -34.0, -29.0, -21.0, -10.0, 0.0, 8.0, 12.0, 12.0)
+_FRONT_Y = (-24.0, -34.0, -34.0, -29.0, -22.0, -13.0, -8.0, -4.0, -2.0, 0.0)
 
 
 def spine_front_mm(z: float) -> float:
@@ -38,21 +39,11 @@ def spine_front_mm(z: float) -> float:
 
 def paint_table(canvas: Canvas, top_mm: float) -> None:
     """Two thin shells across the whole grid; ``top_mm`` is the y of the upper one's middle."""
-    for depth, thick, half_width in ((0.0, 2.2, 215.0), (46.0, 1.4, 120.0)):
-
-        def distance(
-            x: np.ndarray,
-            y: np.ndarray,
-            z: np.ndarray,
-            middle: float = top_mm + depth,
-            thick: float = thick,
-            half_width: float = half_width,
-        ) -> np.ndarray:
-            bent = np.abs(y - (middle - x * x / 1500)) - thick
-            return np.maximum(bent, np.abs(x) - half_width) + 0 * z
-
-        low = (-half_width, top_mm + depth - half_width**2 / 1500 - thick, -1e4)
-        canvas.paint(Shape(low, (half_width, top_mm + depth + thick, 1e4), distance), 190.0)
+    x, y, _ = canvas.axes_mm
+    for depth, half_mm, width_mm in ((0.0, 1.6, 205.0), (46.0, 1.0, 120.0)):
+        bent = np.abs(y[:, None] - (top_mm + depth - x * x / 1500)) - half_mm
+        distance = np.maximum(bent, np.abs(x) - width_mm)
+        canvas.hu += np.clip(0.5 - distance / EDGE_MM, 0, 1) * (TABLE_HU - canvas.hu)
 
 
 def paint_trunk(canvas: Canvas, phase: Phase, fat_mm: float) -> None:
@@ -61,7 +52,7 @@ def paint_trunk(canvas: Canvas, phase: Phase, fat_mm: float) -> None:
     outline = trunk(fat_mm)
     canvas.paint(outline, SKIN_HU)
     canvas.paint(within(outline, inside(outline, 2.2)), FAT_HU)
-    wall = column((0, -44), (151, 107), 2.35, _LOW, _HIGH)
+    wall = column((0, -44), (151, 107), _LOW, _HIGH, 0.31)
     groove = tube([(0, 92, _LOW), (0, 92, _HIGH)], [14, 14])
     backs = [
         tube([(s * 34, 44, _LOW), (s * 36, 42, 0), (s * 33, 46, _HIGH)], [24, 25, 19], (1.25, 1, 1))
@@ -71,7 +62,7 @@ def paint_trunk(canvas: Canvas, phase: Phase, fat_mm: float) -> None:
     for inset in (5.0, 9.5):
         layer = within(wall, inside(wall, inset), outside(within(wall, inside(wall, inset + 1))))
         side = within(layer, half_space((0, 20, 0), (0, 1, 0)), half_space((0, 0, 30), (0, 0, 1)))
-        canvas.paint(within(side, outside(column((0, -100), (62, 90), 2, _LOW, 40))), -30.0)
+        canvas.paint(within(side, outside(column((0, -100), (62, 90), _LOW, 40))), -30.0)
     canvas.paint(CAVITY, FAT_HU)
     for s in (-1, 1):
         canvas.paint(
@@ -92,35 +83,28 @@ def paint_trunk(canvas: Canvas, phase: Phase, fat_mm: float) -> None:
 
 def trunk(fat_mm: float) -> Shape:
     """The body's outline."""
-    flanks = column((0, -40), (151 + 1.15 * fat_mm, 108 + fat_mm), 2.3, _LOW, _HIGH)
+    flanks = column((0, -40), (151 + 1.15 * fat_mm, 108 + fat_mm), _LOW, _HIGH, 0.28)
     return within(flanks, outside(tube([(0, 98, _LOW), (0, 98, _HIGH)], [9, 9])), blend_mm=14)
 
 
 def paint_chest(canvas: Canvas, phase: Phase, rng: np.random.Generator) -> None:
     """Lungs with vessels above the diaphragm, the heart's lower half, the domes."""
-    spine = column((0, 16), (30, 34), 2, -60, _HIGH)
+    spine = union(column((0, 8), (25, 26), -60, _HIGH), column((0, 48), (58, 34), -60, _HIGH))
     middle = tube([(4, -30, 70), (4, -35, 120), (2, -40, _HIGH)], [24, 28, 32], (1.0, 1.5, 1))
     heart = ellipsoid((18, -88, 146), (62, 47, 50))
-    space = column((0, -46), (139, 104), 2.5, -10, _HIGH)
-    lungs = within(
-        space,
-        half_space((0, 0, 14), (0, -0.4, -1)),
-        outside(DIAPHRAGM),
-        outside(spine),
-        outside(middle),
-        outside(heart, 4),
-        blend_mm=5,
-    )
+    space = column((0, -46), (139, 104), -10, _HIGH, 0.42)
+    limits = (half_space((0, 0, 14), (0, -0.4, -1)), outside(spine), outside(middle))
+    space = within(space, *limits, outside(heart, 4), outside(DIAPHRAGM), blend_mm=5)
+    lungs = within(space, outside(DIAPHRAGM, 2.5))
+    canvas.paint(space, tissue_hu("muscle", phase))
     canvas.paint(lungs, LUNG_HU)
     for _ in range(46):
         side = int(rng.choice((-1, 1)))
         root = np.array([side * 38.0, -30.0, 175.0])
         tip = np.array([side * rng.uniform(55, 120), rng.uniform(-90, 35), rng.uniform(50, 160)])
         start, end = root + (tip - root) * 0.35, tip
-        vessel = tube([_point(start), _point(end)], [rng.uniform(1.5, 3.5), 0.8])
+        vessel = tube([as_point(start), as_point(end)], [rng.uniform(1.5, 3.5), 0.8])
         canvas.paint(within(vessel, inside(lungs, 2)), 40.0)
-    canvas.paint(within(DIAPHRAGM, inside(space, -2)), tissue_hu("muscle", phase))
-    canvas.paint(within(DIAPHRAGM, inside(DIAPHRAGM, 2.5), inside(CAVITY, 1)), FAT_HU)
     above = within(heart, outside(DIAPHRAGM, 2), blend_mm=6)
     canvas.paint(above, tissue_hu("muscle", phase) + 25)
     for centre, radii in (((-12, -82, 150), (26, 28, 36)), ((36, -86, 150), (28, 26, 36))):
@@ -159,17 +143,17 @@ def _paint_bone(canvas: Canvas, shape: Shape, cortex_mm: float) -> None:
 def _paint_vertebra(canvas: Canvas, z: float, pitch_mm: float) -> None:
     width = float(np.interp(z, (-130, 0, 200), (25, 21.5, 16)))
     y = spine_front_mm(z) + 16
-    disc = column((0, y), (width, 16), 2.2, z - pitch_mm + 8, z - pitch_mm / 2 + 8)
+    disc = column((0, y), (width, 16), z - pitch_mm / 2 - 5.5, z - pitch_mm / 2 + 5.5, 0.2)
     canvas.paint(_capped(disc), DISC_HU)
     half = pitch_mm / 2 - 4
-    body = _capped(column((0, y), (width, 16), 2.2, z - half, z + half))
+    body = _capped(column((0, y), (width, 16), z - half, z + half, 0.2))
     for s in (-1, 1):
         _paint_bone(canvas, tube([(s * 13, y + 12, z + 5), (s * 17, y + 24, z)], [5, 5]), 2)
         lamina = tube([(s * 16, y + 24, z), (0, y + 40, z - 7)], [5, 5], (1, 1, 1.6))
         _paint_bone(canvas, lamina, 2)
         _paint_bone(canvas, tube([(s * 17, y + 24, z), (s * 40, y + 29, z + 2)], [5, 3.5]), 2)
         _paint_bone(canvas, ellipsoid((s * 19, y + 28, z - pitch_mm / 2), (7, 8, 11)), 2)
-    process = tube([(0, y + 40, z - 6), (0, y + 58, z - 14)], [4, 5], (0.9, 1, 2))
+    process = tube([(0, y + 40, z - 6), (0, y + 52, z - 14)], [4, 5], (0.9, 1, 2))
     _paint_bone(canvas, process, 1.8)
     _paint_bone(canvas, body, 1.6)
 
@@ -218,20 +202,28 @@ def paint_bowel(canvas: Canvas, phase: Phase, rng: np.random.Generator) -> None:
     descending: list[Point] = [
         (112, -24, 8), (114, -12, -40), (110, -14, -90), (102, -36, -140), (84, -60, -190),
     ]  # fmt: skip
-    for course, radius, gas_mm in ((ascending, 21, 9), (transverse, 17, -2), (descending, 13, 7)):
+    for course, girth, gas_mm in ((ascending, 21, 9), (transverse, 17, -2), (descending, 13, 7)):
         points, _ = curve(course, [1.0] * len(course), steps=7)
         swell = 1 + 0.14 * np.sin(np.arange(len(points)) * 1.7 + rng.uniform(0, 6))
-        colon = within(tube(points, (radius * swell).tolist()), inside(CAVITY, 2))
+        colon = within(tube(points, (girth * swell).tolist()), inside(CAVITY, 2))
         canvas.paint(colon, wall)
         lumen = within(colon, inside(colon, 2.8))
         canvas.paint(lumen, _stool(rng))
         _paint_gas(canvas, lumen, points, gas_mm)
-    for number in range(30):
-        start = np.array([rng.uniform(-62, 78), rng.uniform(-112, -72), rng.uniform(-190, -58)])
-        steps = np.cumsum(rng.normal(0, 1, (4, 3)) * (19, 11, 12), axis=0)
-        knots = np.clip(np.vstack([start, start + steps]), (-68, -118, -210), (84, -66, -52))
+    for number in range(46):
+        upper = number % 3 == 0
+        start = np.array(
+            [rng.uniform(-62, 82), rng.uniform(-112, -70), rng.uniform(-190, -58)]
+            if not upper
+            else [rng.uniform(38, 92), rng.uniform(-96, -44), rng.uniform(-60, 4)]
+        )
+        steps = np.cumsum(rng.normal(0, 1, (6, 3)) * (17, 12, 12), axis=0)
+        low, high = (
+            ((34, -104, -64), (98, -38, 8)) if upper else ((-68, -118, -215), (88, -64, -54))
+        )
+        knots = np.clip(np.vstack([start, start + steps]), low, high)
         radius = rng.uniform(9, 13)
-        points, radii = curve([_point(k) for k in knots], [radius] * 5)
+        points, radii = curve([as_point(k) for k in knots], [radius] * len(knots), steps=3)
         loop = tube(points, radii)
         canvas.paint(within(loop, inside(loop, -1.5)), FAT_HU)
         canvas.paint(loop, wall)
@@ -245,8 +237,9 @@ def _stool(rng: np.random.Generator) -> Field:
     phases = rng.uniform(0, 6, 3)
 
     def field(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        grain = np.sin(x / 2.3 + phases[0]) * np.sin(y / 2.0 + phases[1] + z / 4)
-        return 15 + 130 * np.minimum(grain * np.sin(z / 3.1 + phases[2] + x / 5), 0.35)
+        lumps = np.sin((x + 0.6 * y) / 3.3 + phases[0] + 2 * np.sin(z / 9 + y / 7))
+        lumps = lumps * np.sin((y - 0.5 * x) / 2.9 + phases[1] + 2 * np.sin(x / 11))
+        return 12 + 75 * np.minimum(lumps + 0.7 * np.sin((z + x + y) / 4.1 + phases[2]), 0.5)
 
     return field
 
@@ -285,9 +278,4 @@ def paint_vessels(canvas: Canvas, phase: Phase, rng: np.random.Generator) -> Non
         root = np.array([0.0, -76.0, rng.uniform(-110, -30)])
         tip = root + rng.normal(0, 1, 3) * (42, 16, 28)
         tip[1] = min(tip[1], -62)
-        canvas.paint(tube([_point(root), _point(tip)], [1.8, 0.9]), vein * 0.8)
-
-
-def _point(values: np.ndarray) -> Point:
-    x, y, z = (float(value) for value in values)
-    return x, y, z
+        canvas.paint(tube([as_point(root), as_point(tip)], [1.8, 0.9]), vein * 0.8)

@@ -15,6 +15,7 @@ from flare_clef.phantom_shapes import (
     Shape,
     column,
     curve,
+    dome,
     ellipsoid,
     half_space,
     inside,
@@ -59,19 +60,19 @@ def tissue_hu(name: str, phase: Phase) -> float:
     return float(_HU[name][PHASES.index(phase)])
 
 
-CAVITY = column((0, -45), (136, 93), 2.4, -260, 190)
+CAVITY = column((0, -45), (136, 93), -260, 190, 0.35)
 """The inside of the muscular wall."""
 
 DIAPHRAGM = union(
-    ellipsoid((-72, -50, 28), (69, 86, 92)),
-    ellipsoid((76, -44, 22), (63, 84, 88)),
-    ellipsoid((0, -82, 22), (75, 56, 82)),
+    dome((-70, -46, 28), (72, 94, 92), -260),
+    dome((74, -42, 22), (68, 92, 88), -260),
+    dome((0, -82, 22), (75, 56, 82), -260),
     blend_mm=18,
 )
 """The domes: what lies below the lungs."""
 
 AORTA_COURSE: list[Point] = [
-    (24, 6, 165), (18, 2, 140), (12, -4, 115), (7, -9, 90), (6, -16, 60), (5, -20, 40),
+    (26, -4, 165), (22, -8, 140), (17, -13, 115), (12, -17, 90), (7, -20, 60), (5, -23, 40),
     (4, -25, 20), (2, -31, 0), (1, -37, -25), (1, -40, -60), (2, -44, -92),
 ]  # fmt: skip
 
@@ -97,7 +98,7 @@ def organ_shapes(rng: np.random.Generator) -> dict[str, Shape]:
     )
     liver = within(
         _liver(float(rng.normal(0, 6)), float(rng.normal(0, 8))),
-        outside(right_kidney, 6),
+        outside(right_kidney, 4),
         outside(cava, 1.5),
         outside(gallbladder, 0.5),
         outside(stomach, 3),
@@ -112,7 +113,7 @@ def organ_shapes(rng: np.random.Generator) -> dict[str, Shape]:
         "pancreas": vary(_pancreas(), 1.5),
         "esophagus": vary(_esophagus(), 1.0),
         "inferior_vena_cava": cava,
-        "aorta": vary(tube(*curve(AORTA_COURSE, np.linspace(11.5, 8.5, 11))), 1.0),
+        "aorta": vary(tube(*curve(AORTA_COURSE, np.linspace(11.5, 8.5, 11).tolist())), 1.0),
         "right_kidney": right_kidney,
         "left_kidney": left_kidney,
         "right_adrenal_gland": vary(_right_adrenal(), 1.5),
@@ -135,7 +136,7 @@ def _liver(left_extent_mm: float, tip_mm: float) -> Shape:
     return within(
         filling,
         *_UNDER_DIAPHRAGM,
-        half_space((-78, 0, 0), (1.0, 0.0, -0.62)),
+        half_space((-66, 0, 0), (1.0, 0.0, -1.5)),
         outside(ellipsoid((22, 14, 60), (54, 66, 150)), 0),
         outside(tube([(-30, -50, -20), (-52, -78, 22), (-30, -66, 42)], [26, 14, 6]), 0),
         blend_mm=14,
@@ -144,8 +145,8 @@ def _liver(left_extent_mm: float, tip_mm: float) -> Shape:
 
 def _kidney(side: int) -> Shape:
     """A bean; ``side`` is -1 for the right. Its long axis leans in and back at the top."""
-    tilt = tilted(("z", side * 28), ("y", -side * 13), ("x", 14))
-    bean = ellipsoid((side * 74.0, 2, 0), (26, 32.5, 57), tilt)
+    tilt = tilted(("z", side * 28), ("y", -side * 13), ("x", -14))
+    bean = ellipsoid((side * 74.0, 2, 0), (24, 31, 53), tilt)
     hollow = tilt @ np.array([-side * 24.0, -9, 0]) + (side * 74.0, 2, 0)
     x, y, z = (float(value) for value in hollow)
     return within(bean, outside(ellipsoid((x, y, z), (17, 13, 19), tilt)), blend_mm=7)
@@ -158,8 +159,8 @@ def renal_medulla(kidney: Shape) -> Shape:
 
 def _spleen() -> Shape:
     tilt = tilted(("y", -18), ("x", -12), ("z", 10))
-    whole = ellipsoid((98, 2, 66), (29, 47, 55), tilt)
-    return within(whole, outside(ellipsoid((66, -32, 60), (34, 50, 60), tilt)), blend_mm=8)
+    whole = ellipsoid((98, 2, 66), (33, 50, 56), tilt)
+    return within(whole, outside(ellipsoid((52, -44, 60), (34, 50, 60), tilt)), blend_mm=8)
 
 
 def _stomach() -> Shape:

@@ -42,7 +42,17 @@ def ellipsoid(centre: Point, radii: Point, tilt: np.ndarray | None = None) -> Sh
         # Exact on the surface, and with its true slope there.
         return length * (length - 1) / np.sqrt(np.maximum(twice, 1e-9))
 
-    return Shape(_point(centre - reach), _point(centre + reach), distance)
+    return Shape(as_point(centre - reach), as_point(centre + reach), distance)
+
+
+def dome(centre: Point, radii: Point, low: float) -> Shape:
+    """The upper half of an ellipsoid, carried on downwards as a cylinder to z = ``low``."""
+    whole = ellipsoid(centre, radii)
+
+    def distance(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return whole.distance(x, y, np.maximum(z, np.float32(centre[2])))
+
+    return Shape((whole.low[0], whole.low[1], low), whole.high, distance)
 
 
 def tube(
@@ -65,7 +75,7 @@ def tube(
         ):
             way = b - a
             dx, dy, dz = x - a[0], y - a[1], z - a[2]
-            share = (dx * way[0] + dy * way[1] + dz * way[2]) / np.dot(way, way)
+            share = (dx * way[0] + dy * way[1] + dz * way[2]) / max(float(np.dot(way, way)), 1e-6)
             share = np.clip(share, 0, 1)
             gap = (dx - share * way[0]) ** 2
             gap += (dy - share * way[1]) ** 2
@@ -76,18 +86,26 @@ def tube(
         return nearest
 
     reach = width[:, None] * np.maximum(stretch, 1)
-    return Shape(_point((path - reach).min(0)), _point((path + reach).max(0)), distance)
+    return Shape(as_point((path - reach).min(0)), as_point((path + reach).max(0)), distance)
 
 
 def column(
-    centre: tuple[float, float], radii: tuple[float, float], power: float, low: float, high: float
+    centre: tuple[float, float],
+    radii: tuple[float, float],
+    low: float,
+    high: float,
+    squareness: float = 0.0,
 ) -> Shape:
-    """An upright cylinder whose section is a superellipse; ``power`` 2 is an ellipse."""
+    """An upright cylinder; its section is an ellipse, squarer as ``squareness`` goes to 1."""
     (cx, cy), (rx, ry) = centre, radii
 
     def distance(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        u, v = np.abs(x - cx) / rx, np.abs(y - cy) / ry
-        level = (u**power + v**power) ** (1 / power)
+        u, v = (x - cx) / rx, (y - cy) / ry
+        u, v = u * u, v * v
+        level = np.sqrt(u + v)
+        if squareness:
+            # Square roots and products round alike on every processor, powers do not.
+            level = (1 - squareness) * level + squareness * np.sqrt(np.sqrt(u * u + v * v))
         return (level - 1) * min(rx, ry) + 0 * z
 
     return Shape((cx - rx, cy - ry, low), (cx + rx, cy + ry, high), distance)
@@ -114,7 +132,7 @@ def union(*shapes: Shape, blend_mm: float = 0.0) -> Shape:
 
     low = np.min([shape.low for shape in shapes], axis=0)
     high = np.max([shape.high for shape in shapes], axis=0)
-    return Shape(_point(low), _point(high), distance)
+    return Shape(as_point(low), as_point(high), distance)
 
 
 def within(shape: Shape, *limits: Field, blend_mm: float = 0.0) -> Shape:
@@ -141,7 +159,7 @@ def moved(shape: Shape, offset: Point, scale: float = 1.0) -> Shape:
         place = (x * inverse + x0, y * inverse + y0, z * inverse + z0)
         return shape.distance(*place) * np.float32(scale)
 
-    return Shape(_point(target - half), _point(target + half), distance)
+    return Shape(as_point(target - half), as_point(target + half), distance)
 
 
 def outside(shape: Shape, margin_mm: float = 0.0) -> Field:
@@ -174,7 +192,9 @@ def tilted(*turns: tuple[str, float]) -> np.ndarray:
     return result
 
 
-def curve(points: Sequence[Point], radii: Sequence[float], steps: int = 4) -> tuple:
+def curve(
+    points: Sequence[Point], radii: Sequence[float], steps: int = 4
+) -> tuple[list[Point], list[float]]:
     """Points and radii of a smooth line through ``points`` (Catmull-Rom), for :func:`tube`."""
     knots = np.column_stack([np.asarray(points, float), radii])
     padded = np.vstack([2 * knots[0] - knots[1], knots, 2 * knots[-1] - knots[-2]])
@@ -185,7 +205,7 @@ def curve(points: Sequence[Point], radii: Sequence[float], steps: int = 4) -> tu
             line.append((2 * q + (r - p) * t + bend) / 2)
     line.append(knots[-1])
     smooth = np.array(line)
-    return [_point(row[:3]) for row in smooth], np.maximum(smooth[:, 3], 0.5).tolist()
+    return [as_point(row[:3]) for row in smooth], np.maximum(smooth[:, 3], 0.5).tolist()
 
 
 def _smaller(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
@@ -195,6 +215,7 @@ def _smaller(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
     return np.minimum(a, b) - near * near * (blend_mm / 4)
 
 
-def _point(values: np.ndarray) -> Point:
+def as_point(values: np.ndarray) -> Point:
+    """Three numbers as plain floats."""
     x, y, z = (float(value) for value in values)
     return x, y, z
