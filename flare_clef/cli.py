@@ -18,6 +18,7 @@ from flare_clef.commands.info import info
 from flare_clef.commands.predict import predict
 from flare_clef.commands.profile import profile
 from flare_clef.commands.train import train
+from flare_clef.commands.view import view
 from flare_clef.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from flare_clef.version import __version__
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel=SEGMENT)(predict)
 app.command(rich_help_panel=SEGMENT)(info)
+app.command(rich_help_panel=SEGMENT)(view)
 app.command(rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE, context_settings={"ignore_unknown_options": True})(profile)
 app.add_typer(train, rich_help_panel="Train")

@@ -57,6 +57,11 @@ def _png(picture: Any) -> bytes:
     return file.getvalue()
 
 
+def annotated_png(panel: Panel) -> bytes:
+    """A panel with its marks, as a PNG file."""
+    return _png(_annotated(panel))
+
+
 def _annotated(panel: Panel) -> Any:
     """The panel with its sides, its name and a bar of 5 cm."""
     from PIL import Image as Pillow

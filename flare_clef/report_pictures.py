@@ -70,6 +70,13 @@ def panels(case: Scene) -> list[Panel]:
     return [*planes, *_surfaces(case, counts)]
 
 
+def plane_panel(case: Scene, axis: int, position: int | None) -> tuple[Panel, int]:
+    """The plane across canonical ``axis`` at a slice (None: the one that shows most)."""
+    counts = _counts(case.labels)
+    taken = _best(counts[axis]) if position is None else position
+    return _plane(case, axis, taken, _shown_box(case, counts)), taken
+
+
 def _counts(labels: np.ndarray) -> list[np.ndarray]:
     """For each axis (slices, 13): voxels of each organ in each slice."""
     order = tuple(int(a) for a in np.argsort([-abs(s) for s in labels.strides]))

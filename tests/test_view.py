@@ -1,0 +1,78 @@
+"""Slices on disk and in the terminal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import body_hu, write_scan
+from typer.testing import CliRunner
+
+from flare_clef.cli import app
+from flare_clef.errors import UserError
+from flare_clef.images import image_from_array, read_image, write_labels
+from flare_clef.organs import ORGANS
+from flare_clef.view import read_pair, terminal_text, view
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    scan = write_scan(folder / "scan.nii.gz")
+    labels = np.zeros(body_hu().shape, np.uint8)
+    labels[5:9, 15:25, 10:20] = 1
+    write_labels(labels, read_image(scan), folder / "labels.nii.gz")
+    return scan, folder / "labels.nii.gz"
+
+
+def test_terminal_has_two_pixels_a_character():
+    rgb = np.zeros((4, 2, 3), np.uint8)
+    rgb[0], rgb[1], rgb[2], rgb[3] = (10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)
+    text = terminal_text(rgb, 2)
+    assert text.count("▀") == 4 and len(text.splitlines()) == 2
+    red = [int(n) for n in re.findall(r"\[38;2;(\d+);", text)]
+    under = [int(n) for n in re.findall(r"\[48;2;(\d+);", text)]
+    assert (red, under) == ([10, 10, 30, 30], [20, 20, 40, 40])
+
+
+def test_slices_count_from_the_feet_whatever_the_storage():
+    hu, labels = body_hu(), np.zeros(body_hu().shape, np.uint8)
+    labels[3, 10:20, 10:20] = 1
+    upright = view(image_from_array(hu, (1.5, 1.5, 3)), labels, "axial", None)
+    turned = image_from_array(
+        hu[::-1], (1.5, 1.5, 3), (0, 0, 0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, -1.0)
+    )
+    found = view(turned, labels[::-1], "axial", None)
+    assert (upright.slice, found.slice, found.slices) == (3, 3, 20)
+    assert np.array_equal(upright.panel.rgb, found.panel.rgb)
+
+
+def test_mistakes(tmp_path: Path):
+    scan, labels = pair(tmp_path)
+    image, found = read_pair(scan, labels)
+    with pytest.raises(UserError, match="--slice 20: the scan has axial slices 0 to 19"):
+        view(image, found, "axial", 20)
+    with pytest.raises(UserError, match="--plane oblique: unknown"):
+        view(image, found, "oblique", None)
+    with pytest.raises(UserError, match="from 0 to 13"):
+        read_pair(scan, scan)
+    other = write_scan(tmp_path / "other.nii.gz", body_hu((10, 40, 44)))
+    with pytest.raises(UserError, match="labels of another scan"):
+        read_pair(other, labels)
+    moved = write_scan(tmp_path / "moved.nii.gz", origin=(0.0, 0.0, 0.0))
+    with pytest.raises(UserError, match="lies elsewhere in space"):
+        read_pair(moved, labels)
+
+
+def test_command(tmp_path: Path):
+    pytest.importorskip("PIL", reason="Pillow is not installed (extra: report)")
+    from PIL import Image
+
+    scan, labels = map(str, pair(tmp_path))
+    picture = tmp_path / "new" / "slice.png"
+    done = CliRunner().invoke(app, ["view", scan, labels, "-o", str(picture), "--slice", "6"])
+    assert done.exit_code == 0 and "axial slice 6 of 0 to 19" in done.output
+    assert Image.open(picture).size == (600, 460)
+    shown = CliRunner().invoke(app, ["view", scan, labels, "--plane", "coronal"], color=True)
+    assert "▀" in shown.output and ORGANS[0].title in shown.output
+    assert "coronal slice" in shown.output and "R is on the left" in shown.output
