@@ -3,8 +3,8 @@
     python benchmarks/preparing.py [--scan SCAN --labels LABELS] [--grids 96 192] [--cases 6]
 
 Default: a made-up scan of 512 x 512 x 160 whose labels are slabs of it. Every grid's loader and
-step are timed in turn, in the same run; the loader works beside the step in a training, so what
-it takes of the step's own time is what it takes of the cores.
+step are timed in turn, in the same run. The loader works beside the step in a training, so what
+it costs is its share of the cores' time; that also holds on a machine with other work to do.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def made_up(folder: Path) -> tuple[Path, Path]:
     return scan, path
 
 
-def seconds_of(work, times: int) -> float:  # type: ignore[no-untyped-def]
+def seconds_of(work, times: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """Median wall time of ``work``, and its mean time on all cores together."""
     taken = []
+    on_cores = time.process_time()
     for _ in range(times):
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return median(taken)
+    return median(taken), (time.process_time() - on_cores) / times
 
 
 def report_parts(case: Case) -> None:
@@ -121,10 +123,13 @@ def report_share(prepared: PreparedCase, grid: int, times: int) -> None:
         optimizer.zero_grad()
 
     step()
-    loading, stepping = seconds_of(load, 4 * times), seconds_of(step, times)
+    (loading, load_cores), (stepping, step_cores) = (
+        seconds_of(load, 4 * times),
+        seconds_of(step, times),
+    )
     print(
-        f"{grid}^3: load and augment {loading:.3f} s, a step in fp32 {stepping:.2f} s: "
-        f"{100 * loading / stepping:.1f} % of it"
+        f"{grid}^3: load and augment {loading:.3f} s ({load_cores:.2f} core-seconds), a step in "
+        f"fp32 {stepping:.2f} s ({step_cores:.2f}): {100 * load_cores / step_cores:.1f} % of it"
     )
 
 
