@@ -16,6 +16,7 @@ import typer
 from flare_clef.commands.evaluate import evaluate
 from flare_clef.commands.info import info
 from flare_clef.commands.predict import predict
+from flare_clef.commands.phantom import phantom
 from flare_clef.commands.profile import profile
 from flare_clef.commands.train import train
 from flare_clef.commands.view import view
@@ -37,6 +38,7 @@ app.command(rich_help_panel=SEGMENT)(predict)
 app.command(rich_help_panel=SEGMENT)(info)
 app.command(rich_help_panel=SEGMENT)(view)
 app.command(rich_help_panel=MEASURE)(evaluate)
+app.command(rich_help_panel=MEASURE)(phantom)
 app.command(rich_help_panel=MEASURE, context_settings={"ignore_unknown_options": True})(profile)
 app.add_typer(train, rich_help_panel="Train")
 
