@@ -7,17 +7,27 @@ from typing import Annotated
 
 import typer
 
+MACHINE = "Machine and weights"
+
 DeviceOption = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the network runs.")
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda[:N]", rich_help_panel=MACHINE, help="Where the network runs."
+    ),
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
         metavar="auto|fp32|bf16|fp16",
+        rich_help_panel=MACHINE,
         help="Number format of the network; auto times what this machine does fastest.",
     ),
 ]
 WeightsOption = Annotated[
     Path | None,
-    typer.Option(help="A .safetensors file in place of the shipped weights.", show_default=False),
+    typer.Option(
+        rich_help_panel=MACHINE,
+        help="A .safetensors file; by default the shipped weights.",
+        show_default=False,
+    ),
 ]

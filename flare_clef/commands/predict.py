@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flare_clef.commands.options import DeviceOption, PrecisionOption, WeightsOption
+from flare_clef.commands.options import MACHINE, DeviceOption, PrecisionOption, WeightsOption
 
 if TYPE_CHECKING:
     from flare_clef.batch import CaseResult
     from flare_clef.progress import Progress
 
-BESIDE = "Beside the labels"
+LABELS, BESIDE = "The labels", "Beside the labels"
 
 
 def predict(
@@ -37,19 +37,28 @@ def predict(
     weights: WeightsOption = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads; by default the cores this process may use."),
+        typer.Option(
+            min=1,
+            rich_help_panel=MACHINE,
+            help="CPU threads; by default the cores this process may use.",
+        ),
     ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
+            rich_help_panel=MACHINE,
             help="Memory to stay under, such as 2G or 1500M: on the CPU RAM above the loaded "
             "program (default: what is free), on a GPU device memory (default: 2048M in total).",
         ),
     ] = None,
     organs: Annotated[
         str | None,
-        typer.Option(metavar="A,B,…", help="Only these organs, such as liver,spleen."),
+        typer.Option(
+            metavar="A,B,…",
+            rich_help_panel=LABELS,
+            help="Only these organs, such as liver,spleen; by default all 13.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -59,7 +68,7 @@ def predict(
         str | None,
         typer.Option(
             metavar="K/N",
-            help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays.",
+            help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays; by default all.",
         ),
     ] = None,
     measurements: Annotated[
@@ -105,6 +114,7 @@ def predict(
         typer.Option(
             "--format",
             metavar="nifti|nrrd|mha|dicom-seg",
+            rich_help_panel=LABELS,
             help="Format of the labels; by default the input's, NIfTI for DICOM. dicom-seg needs "
             "a DICOM series and the extra 'dicom'.",
         ),
@@ -113,6 +123,7 @@ def predict(
         str | None,
         typer.Option(
             metavar="largest",
+            rich_help_panel=LABELS,
             help="Keep only the largest part of each organ but the aorta; by default all parts.",
         ),
     ] = None,
