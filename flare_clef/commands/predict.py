@@ -68,7 +68,8 @@ def predict(
         str | None,
         typer.Option(
             metavar="K/N",
-            help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays; by default all.",
+            help="Only every N-th case from the K-th on (K = 0 … N-1), for job arrays; by "
+            "default all.",
         ),
     ] = None,
     measurements: Annotated[
