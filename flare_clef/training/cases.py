@@ -101,7 +101,8 @@ def read_labels(case: Case) -> Image:
         raise UserError(f"{case.image}: this case has no label map")
     image = read_image(case.labels)
     stored = image.array
-    array = stored if stored.dtype == np.uint8 else stored.astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        array = stored if stored.dtype == np.uint8 else stored.astype(np.uint8)
     if array is not stored and not np.array_equal(array, stored):
         odd = stored[array != stored].flat[0]
         raise UserError(f"{case.labels}: holds the value {odd}; {_allowed(case)}")

@@ -59,7 +59,9 @@ def test_values_are_renumbered(tmp_path: Path):
         read_labels(narrower)
 
 
-@pytest.mark.parametrize(("value", "shown"), [(1.5, "1.5"), (-1.0, "-1"), (300.0, "300")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1.5, "1.5"), (-1.0, "-1"), (300.0, "300"), (np.nan, "nan")]
+)
 def test_values_that_are_no_labels(tmp_path: Path, value: float, shown: str):
     labels = liver().astype(np.float32)
     labels[0, 0, 0] = value

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_scan
-from small_cases import LEFT, RIGHT, SHAPE, label_map, liver, write_pair
+from conftest import body_hu, write_scan
+from small_cases import LEFT, MIDDLE, RIGHT, SHAPE, label_map, liver, write_pair
 
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
@@ -49,6 +49,20 @@ def test_an_entry_is_what_prepare_gives(folder: Path, tmp_path: Path):
     assert isinstance(labelled.image, np.memmap) and isinstance(labelled.labels, np.memmap)
     assert unlabelled.labels.shape == (24, 24, 24) and (unlabelled.labels == UNDECIDED).all()
     assert not unlabelled.case.labelled.any()
+
+
+def test_nnunets_numbers_become_ours(tmp_path: Path):
+    theirs = np.where(liver() == 1, 4, 0).astype(np.uint8)
+    theirs[2:10, 12:15, MIDDLE], theirs[0] = 2, 9
+    write_scan(tmp_path / "imagesTr" / "n_0000.nii.gz", body_hu(SHAPE))
+    write_scan(tmp_path / "labelsTr" / "n.nii.gz", theirs)
+    (tmp_path / "dataset.json").write_text(
+        '{"labels": {"background": 0, "liver": 4, "Aorta": 2, "ignore": 9}, "channel_names": '
+        '{"0": "CT"}}'
+    )
+    (case,) = run(tmp_path, tmp_path / "store", grid=24).prepared
+    assert np.unique(case.labels).tolist() == [0, 1, 5, UNDECIDED]
+    assert case.case.labelled.nonzero().flatten().tolist() == [0, 4]
 
 
 def test_all_bad_cases_are_named_and_the_good_ones_prepared(folder: Path, tmp_path: Path):
@@ -148,12 +162,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder: Path, tmp_path: Path
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_many_cases_hold_no_memory_and_no_files(folder: Path, tmp_path: Path):
-    """500 prepared cases in hand, each read in turn: one volume is mapped at a time."""
+    """200 prepared cases in hand, each read in turn: one volume is mapped at a time."""
     store = tmp_path / "store"
     (case,) = find_cases(folder)
-    cases = [Case(f"c{k}", case.image, case.labels, case.organs) for k in range(500)]
+    cases = [Case(f"c{k}", case.image, case.labels, case.organs) for k in range(200)]
     prepared = prepare_all(cases, store, 16).prepared
-    assert len(prepared) == 500
+    assert len(prepared) == 200
 
     def mapped() -> int:
         gc.collect()
@@ -192,3 +206,35 @@ def test_train_prepare_by_the_command(folder: Path, tmp_path: Path):
     for words in ("bad.nii.gz: no voxel of any organ", "worse.nii.gz: (2, 2, 2) voxels",
                   "lonely.nii.gz: a label map without an image", "3 problem(s)"):  # fmt: skip
         assert words in done.output
+
+
+def test_a_training_names_every_fault_of_its_data(folder: Path, tmp_path: Path):
+    import torch
+
+    from flare_clef.training.pipeline import Run
+    from flare_clef.training.recipe import Recipe
+
+    said: list[str] = []
+    run_of = Run(
+        Recipe(), tmp_path, tmp_path / "run", "fp32", torch.device("cpu"), said.append, [folder]
+    )
+    assert [case.name for case in run_of.labelled()] == ["a"] and said == []
+    for name in ("lonely", "alone"):
+        write_scan(folder / "labels" / f"{name}.nii.gz", liver())
+    with pytest.raises(UserError, match=r"2 problem\(s\) in the data, named above"):
+        run_of.labelled()
+    assert ["alone.nii.gz" in said[0], "lonely.nii.gz" in said[1], len(said)] == [True, True, 2]
+
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not (DATA / "slabs").is_dir(), reason=f"no CT scans at {DATA}")
+def test_real_slabs_pass_every_check(tmp_path: Path):
+    result = prepare_all(read_dataset(DATA / "slabs").cases, tmp_path, 64)
+    assert len(result.prepared) == 2 and result.problems == []
+    # 55 mm at the height of the kidneys: no esophagus in them.
+    assert all("esophagus" in warning for warning in result.warnings)
+    for case in result.prepared:
+        assert {2, 13} <= set(np.unique(case.labels).tolist())
