@@ -132,11 +132,12 @@ def _pair(images: dict[str, Path], labels: dict[str, Path]) -> tuple[list[Case],
 
 
 def _read_ours(folder: Path) -> Dataset:
-    images = _images(folder / "images")
+    # In a folder of this name a file without the channel's number is an image all the same.
+    images = {stem.removesuffix(_CHANNEL): p for stem, p in _files(folder / "images").items()}
     labels = _files(folder / "labels")
     cases, problems = _pair(images, labels)
     if not images:
-        problems.insert(0, f"{folder / 'images'}: no NAME_0000.nii.gz in it")
+        problems.insert(0, f"{folder / 'images'}: no image (NAME_0000.nii.gz) in it")
     entries, listed = _read_cases_json(folder)
     if entries is None:
         if labels and all(name.startswith("FLARE") for name in labels):

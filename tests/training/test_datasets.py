@@ -34,6 +34,18 @@ def test_our_layout_with_and_without_labels(tmp_path: Path):
     assert [case.name for case in find_cases(tmp_path)] == ["a"]
 
 
+def test_names_without_a_channel_and_other_formats(tmp_path: Path):
+    touch(tmp_path, "images/a", "labels/a")
+    (tmp_path / "images" / "b_0000.mha").touch()
+    (tmp_path / "labels" / "b.nrrd").touch()
+    (tmp_path / "images" / "notes.txt").touch()
+    entry = {"organs": ["liver"]}
+    (tmp_path / "cases.json").write_text(json.dumps({"a": entry, "b": entry}))
+    found = read_dataset(tmp_path)
+    assert [case.name for case in found.cases] == ["a", "b"] and not found.problems
+    assert [case.labels.name for case in found.cases] == ["a.nii.gz", "b.nrrd"]
+
+
 def test_one_cases_json_for_several_folders(tmp_path: Path):
     touch(tmp_path / "x", "images/a_0000", "labels/a")
     touch(tmp_path / "y", "images/b_0000")
@@ -60,7 +72,7 @@ def test_labels_alone_are_refused(tmp_path: Path):
     touch(tmp_path / "data", "labels/a")
     (tmp_path / "data" / "cases.json").write_text('{"a": {"organs": ["liver"]}}')
     found = read_dataset(tmp_path / "data")
-    assert not found.cases and "no NAME_0000.nii.gz in it" in found.problems[0]
+    assert not found.cases and "no image (NAME_0000.nii.gz) in it" in found.problems[0]
     touch(tmp_path / "maps", "flare22_0001", "flare22_0002")
     with pytest.raises(UserError, match="neither images/ nor imagesTr/"):
         read_dataset(tmp_path / "maps")
