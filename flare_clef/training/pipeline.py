@@ -56,12 +56,23 @@ class Run:
 
     def labelled(self) -> list[Case]:
         """The cases with labels. Raises UserError after naming every fault."""
-        folders = self.data or [self.base / f for f in self.recipe.data.folders]
+        folders = list(self.data) or [self.base / f for f in self.recipe.data.folders]
+        if self.recipe.data.phantoms and not self.data:
+            folders.append(self._phantoms())
         cases = [case for case in self._read(folders) if case.labels is not None]
         if not cases:
             names = ", ".join(map(str, folders)) or "data.folders names no folder"
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
         return cases
+
+    def _phantoms(self) -> Path:
+        from flare_clef.training.synthetic import make_phantoms
+
+        folder = self.folder / "phantoms"
+        if rank() == 0:
+            make_phantoms(folder, self.recipe.data.phantoms, lambda name: self.say(f"made {name}"))
+        wait()
+        return folder
 
     def unlabelled(self) -> list[Case]:
         """Further scans for pre-training."""

@@ -33,6 +33,8 @@ class DataSettings:
     """Folders of labelled cases, relative to the recipe."""
     unlabelled: tuple[str, ...] = ()
     """Folders of further scans for pre-training, which sees the labelled ones too."""
+    phantoms: int = 0
+    """So many synthetic scans with labels are made under the run's folder and used as well."""
     validation: tuple[str, ...] = ()
     """Names of cases kept aside: never trained on, judged on their own grids."""
     folds: int = 0
@@ -127,6 +129,7 @@ def _problem(recipe: Recipe) -> str | None:
         ("finetune.repeats", min(plan.repeats.values(), default=0),
          min(plan.repeats.values(), default=0) >= 0, "0 or more each"),
         ("data.grid", data.grid, data.grid >= divisor, f"{divisor} or more"),
+        ("data.phantoms", data.phantoms, data.phantoms >= 0, "0 or more"),
         ("data.folds", data.folds, data.folds == 0 or data.folds >= 2, "0 or 2 and more"),
         ("data.fold", data.fold, 0 <= data.fold < max(data.folds, 1), "below data.folds"),
         ("validate_every_steps", recipe.validate_every_steps, recipe.validate_every_steps >= 1,
