@@ -17,7 +17,7 @@ def prepare(
     data: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DATA...",
+            metavar="DATA",
             show_default=False,
             help="Folders of cases: images/, labels/ and cases.json; nnU-Net's raw layout; the "
             "challenge's. Images without labels are for pre-training.",
