@@ -18,6 +18,7 @@ from flare_clef.commands.info import info
 from flare_clef.commands.predict import predict
 from flare_clef.commands.phantom import phantom
 from flare_clef.commands.profile import profile
+from flare_clef.commands.stress import stress
 from flare_clef.commands.train import train
 from flare_clef.commands.view import view
 from flare_clef.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
@@ -39,6 +40,7 @@ app.command(rich_help_panel=SEGMENT)(info)
 app.command(rich_help_panel=SEGMENT)(view)
 app.command(rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(phantom)
+app.command(rich_help_panel=MEASURE)(stress)
 app.command(rich_help_panel=MEASURE, context_settings={"ignore_unknown_options": True})(profile)
 app.add_typer(train, rich_help_panel="Train")
 
