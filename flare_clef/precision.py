@@ -54,17 +54,18 @@ def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[s
         return wanted, "asked for"
     if device.type == "cuda":
         return "fp16", "the GPU's fast format"
-    # Without the instructions bf16 is emulated and hundreds of times slower: a cube of 8 tells,
-    # where one of 32 would take longer than the whole scan.
-    seconds = _trial_seconds(side=8, rounds=3)
-    if seconds["bf16"] < _HOPELESS * seconds["fp32"]:
-        seconds = _trial_seconds(side=32, rounds=4)
+    # Without the instructions bf16 is emulated, hundreds of times slower the larger the cube:
+    # small ones tell before a large one takes longer than the whole scan.
+    for side in (8, 16, 32):
+        seconds = _trial_seconds(side)
+        if seconds["bf16"] > _HOPELESS * seconds["fp32"]:
+            break
     chosen = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
     return chosen, f"faster here: {times} for a trial with {threads} thread(s)"
 
 
-def _trial_seconds(side: int, rounds: int) -> dict[str, float]:
+def _trial_seconds(side: int) -> dict[str, float]:
     """Best time of fp32 and bf16 for what the network mostly does, on a cube of ``side``.
 
     The formats take turns, so that a machine busy with something else slows both alike.
@@ -77,7 +78,7 @@ def _trial_seconds(side: int, rounds: int) -> dict[str, float]:
     best = dict.fromkeys(cases, float("inf"))
     with torch.inference_mode():
         # The first round is for the engine to choose its kernels; it doesn't count.
-        for turn in range(rounds + 1):
+        for turn in range(4):
             for name, (x, weight) in cases.items():
                 began = time.perf_counter()
                 functional.relu_(functional.conv3d(x, weight, padding=1))
