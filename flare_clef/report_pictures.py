@@ -244,18 +244,30 @@ def _smooth(
         if not len(found[0]):
             continue
         box = tuple(slice(max(0, int(f[0]) - pad), int(f[-1]) + 1 + pad) for f in found)
-        part = (coarse[box] == organ.index).float()[None, None]
-        for _ in range(2):
+        part = (coarse[box] == organ.index).float()
+        for _ in range(3):
             for axis in range(3):
-                kernel, padding = [1, 1, 1], [0, 0, 0]
-                kernel[axis], padding[axis] = widths[axis], widths[axis] // 2
-                part = functional.avg_pool3d(part, kernel, 1, padding)
+                part = _averaged(part, axis, widths[axis])
         # Thin organs lose height by smoothing; scaled, they keep their volume by and large.
-        part = part[0, 0] * min(1.8, max(1.0, 0.62 / max(float(part.max()), 1e-3)))
+        part = part * min(1.8, max(1.0, 0.62 / max(float(part.max()), 1e-3)))
         ahead = part > field[box]
         field[box][ahead] = part[ahead]
         owner[box][ahead] = organ.index
     return field, owner, step
+
+
+def _averaged(values: torch.Tensor, axis: int, width: int) -> torch.Tensor:
+    """Mean of ``width`` (odd) neighbours along an axis; outside counts as 0."""
+    total = values.clone()
+    size = values.shape[axis]
+    for shift in range(1, min(width // 2, size - 1) + 1):
+        here, there = (
+            [slice(shift, None) if a == axis else slice(None) for a in range(3)],
+            [slice(None, size - shift) if a == axis else slice(None) for a in range(3)],
+        )
+        total[tuple(here)] += values[tuple(there)]
+        total[tuple(there)] += values[tuple(here)]
+    return total / width
 
 
 def _lit(field: torch.Tensor, owner: torch.Tensor, step: float) -> tuple[np.ndarray, float]:
