@@ -113,7 +113,8 @@ def _table(draw: Any, corner: tuple[int, int], case: CaseMeasurement) -> None:
     left, top = corner
     right = left + PANEL[1]
     columns = (right - 240, right - 120, right - 4)
-    for text, x in zip(("ml", "mean HU", "confidence"), columns, strict=True):
+    sure = any(one.confidence is not None for one in case.organs)
+    for text, x in zip(("ml", "mean HU", "confidence" if sure else ""), columns, strict=True):
         draw.text((x, top + 14), text, fill=_PALE, font=_font(17), anchor="rm")
     step = (PANEL[0] - 34) / max(13, len(case.organs))
     for row, one in enumerate(case.organs):
@@ -172,7 +173,8 @@ vertical-align:-1px}
 footer{color:var(--pale);font-size:13px;margin-top:18px}
 @media(max-width:760px){body{padding:16px 12px}.panels{grid-template-columns:1fr}
 figure,figure.half{grid-column:auto}.wide{display:none}h1{font-size:22px}
-.card{padding:4px 12px}th,td{padding:7px 4px}}
+.card{padding:4px 12px}th,td{padding:7px 3px;font-size:14px;vertical-align:bottom}
+thead th,th:first-child{white-space:normal}i{margin-right:7px}}
 @media print{body{max-width:none;background:#fff}figure,.card{break-inside:avoid}}
 """
 
@@ -202,7 +204,7 @@ def _page(drawn: list[tuple[Panel, Any]], image: Image, case: CaseMeasurement, s
 {notes}
 <div class="card"><table><thead><tr><th>Organ</th><th>Volume, ml</th><th>HU, mean ± SD</th>
 <th class="wide">HU, 5 / 50 / 95 %</th><th class="wide">Width × depth × height, mm</th>
-<th class="wide">Parts</th><th class="wide">Cut at</th><th>Confi­dence</th></tr></thead>
+<th class="wide">Parts</th><th class="wide">Cut at</th><th>Confidence</th></tr></thead>
 <tbody>{rows}</tbody></table></div>
 <footer><p>{_NOTICE} Made by flare-clef {__version__}. R and L are the patient's right and left,
 A front, P back, H head, F feet. Contours are smoothed over one voxel, surfaces over a few
