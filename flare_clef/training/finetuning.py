@@ -21,7 +21,8 @@ from flare_clef.network import Architecture, SegmentationNetwork, UNet, norms
 from flare_clef.training.augmentation import AugmentationSettings, augment
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.checkpoints import BEST, save_checkpoint
-from flare_clef.training.loop import Trainer, forward_precision
+from flare_clef.training.forward import forward_precision
+from flare_clef.training.loop import Trainer
 from flare_clef.training.losses import sigmoid_dice_loss, softmax_dice_loss
 from flare_clef.training.processes import from_first
 from flare_clef.training.validation import DiceTable, means

@@ -9,9 +9,7 @@ the same parameters, to the bit, as one that was not.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import threading
 import time
@@ -22,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flare_clef.errors import UserError
-from flare_clef.network import norms
 from flare_clef.training.checkpoints import load_checkpoint, save_checkpoint
+from flare_clef.training.forward import RunningStatistics, checkpoint_activations
+from flare_clef.training.logs import append_record, forget_steps_from
 from flare_clef.training.processes import from_first, rank, summed, wait, world_size
 from flare_clef.training.weight_average import WeightAverage
 
@@ -67,51 +66,6 @@ class Batch(Protocol):
     @property
     def case(self) -> str: ...
     def to(self, device: torch.device) -> Batch: ...
-
-
-def forward_precision(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:
-    """Context in which the network computes in ``fp32`` or ``bf16``; parameters stay fp32."""
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def checkpoint_activations(network: nn.Module) -> None:
-    """Blocks keep only their input and are computed again for the gradient.
-
-    Less memory for a third more time. Running statistics see each volume twice; the loop takes
-    them from the first time.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    from flare_clef.network import ConvBlock, Head
-
-    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
-
-    for block in network.modules():
-        if isinstance(block, (ConvBlock, Head)):
-            block.forward = again(block.forward)  # type: ignore[method-assign]
-
-
-class RunningStatistics:
-    """All running means and variances of a network as one vector."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._buffers = [
-            buffer
-            for layer in norms(network)
-            for buffer in (layer.running_mean, layer.running_var)
-            if buffer is not None
-        ]
-
-    def read(self) -> Tensor:
-        if not self._buffers:
-            return torch.zeros(0)
-        return torch.cat([buffer.flatten() for buffer in self._buffers])
-
-    def write(self, values: Tensor) -> None:
-        parts = values.split([buffer.numel() for buffer in self._buffers]) if self._buffers else ()
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
 
 
 class Trainer:
@@ -211,9 +165,9 @@ class Trainer:
         self.ended = saved.get("ended", False)
         self.restore(saved)
         if self.first:
-            _forget_steps_from(self.folder / "metrics.jsonl", self.step)
+            forget_steps_from(self.folder / "metrics.jsonl", self.step)
             for name in ("validation.jsonl", "validation_loss.jsonl"):
-                _forget_steps_from(self.folder / name, self.step + 1)
+                forget_steps_from(self.folder / name, self.step + 1)
 
     def save(self) -> None:
         """Writes the checkpoint of the present step, atomically."""
@@ -373,14 +327,7 @@ class Trainer:
         """Adds a line to a log of the run. Raises UserError where the disk is full."""
         if not self.first:
             return
-        try:
-            with (self.folder / name).open("a") as log:
-                log.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.folder / name}: cannot be written ({error.strerror}); the last checkpoint "
-                "is kept: make room and run the same command again"
-            ) from None
+        append_record(self.folder / name, record)
 
 
 def _mean_terms(terms: list[dict[str, Any]]) -> dict[str, Any]:
@@ -392,19 +339,3 @@ def _mean_terms(terms: list[dict[str, Any]]) -> dict[str, Any]:
             if not math.isfinite(merged[key]):
                 merged[key] = None
     return merged
-
-
-def _forget_steps_from(path: Path, step: int) -> None:
-    """Drops the records of steps that the checkpoint does not know: they are done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line)
-        except ValueError:  # the line at which the run was killed
-            continue
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)

@@ -20,7 +20,7 @@ from flare_clef.training.finetuning import FinetuningPlan
 from flare_clef.training.pretraining import PretrainingPlan
 
 try:
-    import tomllib
+    import tomllib  # type: ignore[import-not-found]
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
@@ -183,12 +183,13 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: must be a table")
+        make: Any = kind
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(hints)}")
         try:
-            return kind(**{k: build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+            return make(**{k: build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {error}") from None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
