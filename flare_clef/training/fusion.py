@@ -17,9 +17,10 @@ _MISFIT_SCALE = 0.05
 _BINS = 20
 CERTAIN, POSSIBLE = 0.55, 0.10
 """Probability from which a voxel is taken as the organ, and below which as not the organ."""
-HU_RANGE = (-120, 400)
-"""No soft organ lies outside: fat well below, bone above. Gas (below -700) may be inside one;
-contrast in the gut reaches some 400 HU."""
+HU_RANGE = (-60, 400)
+"""No soft organ lies outside: fat (about -100) below, bone above. Gas (below -700) may be
+inside one; contrast in the gut reaches some 400 HU. -60 against -120: DSC + 0.01 to + 0.10 on
+the three scans with a labelled duodenum."""
 _GAS_HU = -700
 
 
