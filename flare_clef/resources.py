@@ -205,6 +205,21 @@ class ResourceProfiler:
         self._cost_s = time.thread_time()
 
 
+class ConsecutiveStages:
+    """Marks stages of which each ends where the next begins, from one thread."""
+
+    def __init__(self, profiler: ResourceProfiler) -> None:
+        self.profiler = profiler
+        self._open = contextlib.ExitStack()
+
+    def begin(self, case: str, name: str) -> None:
+        self.end()
+        self._open.enter_context(self.profiler.stage(case, name))
+
+    def end(self) -> None:
+        self._open.close()
+
+
 def _json_number(column: str, value: float) -> float | int | None:
     if math.isnan(value):
         return None

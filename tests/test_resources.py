@@ -557,3 +557,29 @@ def test_without_matplotlib_the_figures_are_written(
     assert 'no picture: matplotlib is missing, pip install "flare-clef[measure]"' in (
         capsys.readouterr().err
     )
+
+
+def test_predict_writes_a_profile_by_case_and_stage(tmp_path: Path, tiny_weights: Path) -> None:
+    from conftest import write_scan
+
+    write_scan(tmp_path / "scan_0000.nii.gz")
+    target, out = tmp_path / "labels.nii.gz", tmp_path / "profile.json"
+    arguments = ["predict", str(tmp_path / "scan_0000.nii.gz"), str(target), "--quiet"]
+    arguments += ["--weights", str(tiny_weights), "--profile", str(out)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "flare_clef", *arguments], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    names = [stage["stage"] for stage in result["stages"]]
+    assert names == ["prepare", "network", "restore", "write"]
+    ends = [stage["end_s"] for stage in result["stages"]]
+    assert ends[0] == pytest.approx(result["stages"][1]["start_s"], abs=0.01)
+    assert ends == sorted(ends)
+    assert result["maxima"]["ram_mb"] > 50
+    arguments[-1] = str(tmp_path / "nowhere" / "profile.json")
+    ran = subprocess.run(
+        [sys.executable, "-m", "flare_clef", *arguments], capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    assert "cannot be written" in ran.stderr and len(ran.stderr.splitlines()) == 1
