@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,13 +190,13 @@ def run(
         result = CaseResult(item.job, seconds={"read": round(item.seconds, 3)})
         if item.image is None:
             result.error = item.error
-            writer.submit(lambda result=result: result)
+            writer.submit(partial(_as_it_is, result))
             continue
         try:
             found = segmenter.segment(
                 item.image,
                 organs=organs,
-                on_stage=lambda s, job=item.job: on_stage(job, s),
+                on_stage=partial(on_stage, item.job),
                 with_confidence=extras is not None and extras.needs_confidence,
                 with_logits=extras is not None and extras.probabilities,
             )
@@ -206,16 +207,16 @@ def run(
         except RuntimeError as problem:
             result.error = f"{item.job.source}: cannot be segmented ({_one_line(problem)})"
         if result.error:
-            writer.submit(lambda result=result: result)
+            writer.submit(partial(_as_it_is, result))
             continue
         on_stage(item.job, "write")
-        writer.submit(
-            lambda result=result, found=found, image=item.image: _write(
-                result, found, image, measure_volumes, extras
-            )
-        )
+        writer.submit(partial(_write, result, found, item.image, measure_volumes, extras))
         del found, item
     writer.finish()
+
+
+def _as_it_is(result: CaseResult) -> CaseResult:
+    return result
 
 
 def _write(

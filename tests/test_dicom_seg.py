@@ -127,3 +127,21 @@ def test_every_organ_has_a_code():
 def test_a_file_that_is_no_series_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="needs a folder of one DICOM series"):
         segmentation_file(some_labels(), tmp_path / "scan.nii.gz")
+
+
+def test_from_the_command_line(series: Path, tmp_path: Path, tiny_weights: Path):
+    import highdicom
+    from typer.testing import CliRunner
+
+    from flare_clef.cli import app
+
+    arguments = ["predict", series, tmp_path / "out", "--weights", tiny_weights]
+    options = ["--precision", "fp32", "--format", "dicom-seg", "--split", "--quiet"]
+    done = CliRunner().invoke(app, [*map(str, arguments), *options])
+    assert done.exit_code == 0, done.output
+    found = highdicom.seg.segread(tmp_path / "out" / "series.dcm")
+    assert found.number_of_segments == 13
+    masks = [read_image(p).array for p in sorted((tmp_path / "out" / "series").iterdir())]
+    assert len(masks) == 13 and all(mask.shape == SHAPE for mask in masks)
+    # Every frame that is stored holds voxels, and together they are the masks'.
+    assert found.pixel_array.sum() == sum(int(mask.sum()) for mask in masks) > 0
