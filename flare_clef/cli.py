@@ -15,8 +15,8 @@ import typer
 
 from flare_clef.commands.evaluate import evaluate
 from flare_clef.commands.info import info
-from flare_clef.commands.predict import predict
 from flare_clef.commands.phantom import phantom
+from flare_clef.commands.predict import predict
 from flare_clef.commands.profile import profile
 from flare_clef.commands.stress import stress
 from flare_clef.commands.train import train
