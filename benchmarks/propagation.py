@@ -52,7 +52,8 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
         weights = organ_weights(maps, organ)
         names = sorted(maps)
         # Those that chose the parameters first, then the others.
-        order = names[::PARAMETERS_EVERY] + [n for n in names if n not in names[::PARAMETERS_EVERY]]
+        chose = names[::PARAMETERS_EVERY]
+        order = chose + [name for name in names if name not in chose]
         for name in order[::every]:
             if name in done:
                 continue
@@ -70,16 +71,16 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
                 "local": table_of(collected.fused(around.taken), grid, path, organ, free=True),
             }
             seconds = round(time.monotonic() - began, 1)
+            record = {"name": name, "chose": name in chose, "seconds": seconds, **tables}
             with results.open("a") as file:
-                file.write(json.dumps({"name": name, "seconds": seconds, **tables}) + "\n")
+                file.write(json.dumps(record) + "\n")
             print(name, *(max(tables[step]) for step in STEPS), seconds, flush=True)
 
 
 def show(results: Path) -> None:
     """A table: thresholds by the maps of the parameters, DSC of the others and of all."""
     lines = [json.loads(line) for line in results.open()]
-    names = sorted(line["name"] for line in lines)
-    chose = [line for line in lines if line["name"] in names[::PARAMETERS_EVERY]]
+    chose = [line for line in lines if line["chose"]]
     others = [line for line in lines if line not in chose]
     print(f"| step | threshold | {len(others)} others | lowest | all {len(lines)} |")
     print("| --- | --- | --- | --- | --- |")
