@@ -154,8 +154,9 @@ def _problem(recipe: Recipe) -> str | None:
              0 <= pretrain.weight_average < 1, "0 or more and below 1"),
         ]  # fmt: skip
     for key, grid in grids.items():
-        allowed = grid >= divisor and grid % divisor == 0
-        rules.append((key, grid, allowed, f"a multiple of {divisor}"))
+        # Normalisation needs more than one voxel at the bottom.
+        allowed = grid >= 2 * divisor and grid % divisor == 0
+        rules.append((key, grid, allowed, f"a multiple of {divisor}, at least {2 * divisor}"))
     for key, value, fine, allowed_words in rules:
         if not fine:
             return f"{key} = {value}: must be {allowed_words}"
