@@ -348,9 +348,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _write_nifti(
-    labels: np.ndarray, like: bytes, path: Path, compress: bool, named: bool
-) -> None:
+def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool, named: bool) -> None:
     # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))

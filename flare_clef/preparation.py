@@ -104,18 +104,18 @@ def body_box(array: np.ndarray) -> Box | None:
     """
     # Walk along the axis of the largest stride, whatever view we were given.
     order = tuple(int(i) for i in np.argsort([-abs(s) for s in array.strides], kind="stable"))
-    stored = np.transpose(array, order)
+    stored: np.ndarray = np.transpose(array, order)
     hits = [np.zeros(n, dtype=bool) for n in stored.shape]
     check_finite = np.issubdtype(stored.dtype, np.floating)
     for start in range(0, stored.shape[0], _CHUNK_SLICES):
         chunk = stored[start : start + _CHUNK_SLICES]
-        mask = chunk > BODY_THRESHOLD_HU
+        mask: np.ndarray = chunk > BODY_THRESHOLD_HU
         if check_finite:
             mask &= np.isfinite(chunk)
-        rows = mask.any(axis=2)
+        rows: np.ndarray = np.any(mask, axis=2)
         hits[0][start : start + _CHUNK_SLICES] = rows.any(axis=1)
         hits[1] |= rows.any(axis=0)
-        hits[2] |= mask.any(axis=(0, 1))
+        hits[2] |= np.any(mask, axis=(0, 1))
     if not hits[0].any():
         return None
     box: list[tuple[int, int]] = [(0, 0)] * 3
