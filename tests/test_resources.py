@@ -338,7 +338,9 @@ def test_gpu_figures(monkeypatch: pytest.MonkeyPatch, no_cuda_setting: None) -> 
     with ResourceProfiler(interval_s=0.02) as profiler:
         time.sleep(0.2)
     result = profiler.result()
-    assert (result["gpu"], result["notes"]) == ("Fake 100", [])
+    # A busy machine misses samples and says so; nothing else may be noted.
+    notes = [note for note in result["notes"] if "could not be taken in time" not in note]
+    assert (result["gpu"], notes) == ("Fake 100", [])
     assert result["maxima"]["gpu_memory_mb"] == 3000  # total - free, not "used"
     assert result["maxima"]["gpu_percent"] == 42
     last_s = result["curves"]["time_s"][-1]
