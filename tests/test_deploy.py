@@ -1,0 +1,64 @@
+"""The examples of ``deploy/``: every share is taken once, and the manifest is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+@pytest.fixture
+def fake_command(tmp_path):
+    """A ``flare-clef`` that prints its arguments."""
+    command = tmp_path / "bin" / "flare-clef"
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    command.chmod(0o755)
+    return {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+
+
+def run(command, environment):
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_slurm_tasks_take_each_share_once(fake_command):
+    shares = set()
+    for task in range(8):
+        slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "8"}
+        said = run(
+            ["sh", str(DEPLOY / "slurm-array.sh"), "in put", "out"], {**fake_command, **slurm}
+        )
+        assert said[:4] == ["predict", "in put", "out", "--skip-existing"]
+        shares.add(said[-1])
+    assert shares == {f"{k}/8" for k in range(8)}
+
+
+def test_kubernetes_pods_take_each_share_once(fake_command):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    job = yaml.safe_load((DEPLOY / "kubernetes-job.yaml").read_text())
+    # The fields that batch/v1 requires of an indexed job.
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    spec = job["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] >= spec["parallelism"] >= 1
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure")
+    (container,) = pod["containers"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    shares = set()
+    for index in range(spec["completions"]):
+        said = run(
+            [*container["command"], *container["args"]],
+            {**fake_command, "JOB_COMPLETION_INDEX": str(index)},
+        )
+        assert said[0] == "predict" and "--skip-existing" in said
+        shares.add(said[-1])
+    assert shares == {f"{k}/{spec['completions']}" for k in range(spec["completions"])}
