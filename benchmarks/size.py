@@ -19,7 +19,7 @@ from measuring import predict, scan_of
 def row(name: str, scan: Path, folder: Path, *options: str) -> str:
     cost = predict(scan, folder / "labels.nii.gz", *options)
     if cost.code:
-        return f"| {name} | refused: {cost.log.strip().splitlines()[0].split(': ', 2)[-1]} |"
+        return f"| {name} | refused: {cost.log.strip().splitlines()[-1].split(': ', 2)[-1]} |"
     stages = dict(re.findall(r"(read|prepare|network|restore|write) (\d+\.\d)", cost.log))
     cells = " | ".join(stages[s] for s in ("read", "prepare", "network", "restore", "write"))
     return f"| {name} | {cost.seconds:.1f} | {cost.peak_mib:.0f} | {cells} |"
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scan", type=Path, help="a real scan, its slices repeated as needed")
     parser.add_argument("--slices", type=int, nargs="*", default=[64, 160, 400, 1000])
-    parser.add_argument("--limits", nargs="*", default=["2G", "1500M", "1G", "800M", "600M"])
+    parser.add_argument("--limits", nargs="*", default=["2G", "1600M", "1400M", "1300M", "1G"])
     parser.add_argument("--limit-slices", type=int, default=160)
     arguments = parser.parse_args()
     header = "s wall | MiB peak | read s | prepare s | network s | restore s | write s |"

@@ -6,6 +6,7 @@ only when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -67,8 +68,9 @@ def _leave(code: int) -> NoReturn:
     """Ends the process now: threads that read, write or compute are not waited for."""
     if "flare_clef.images" in sys.modules:
         sys.modules["flare_clef.images"].remove_temporary_files()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -92,3 +94,8 @@ def main() -> None:
         _leave(EXIT_FAILED)
     except BrokenPipeError:
         os._exit(EXIT_FAILED)
+    except SystemExit as end:
+        # Python takes most of a second to take torch apart; training has more to put away.
+        if "torch" in sys.modules and "flare_clef.training" not in sys.modules:
+            _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise

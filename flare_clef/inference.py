@@ -32,8 +32,8 @@ from flare_clef.precision import PRECISIONS
 SLAB_SLICES = (32, 16, 8, 4, 2)
 """Thicknesses to choose from, the fastest first."""
 
-_HEAP_GAPS = 1.25
-"""What blocks of unequal size leave unused between them in the heap; up to 1.2 was seen."""
+_HEAP_GAPS = 1.5
+"""What blocks of unequal size leave unused between them in the heap; up to 1.45 was seen."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,11 @@ class FoldedNetwork:
         slab = 4 * fine * height * width * min(depth, slab_slices + halo)
         logits = self.architecture.classes * voxels
         held = coarse * voxels // 8
-        return int(_HEAP_GAPS * self.dtype.itemsize * max(below, held + slab + logits))
+        # The engine keeps a convolution's weights in an order of its own beside ours.
+        reordered = 2 * max(m.of_coarse.numel() for m in self._merges)
+        return int(
+            _HEAP_GAPS * self.dtype.itemsize * (reordered + max(below, held + slab + logits))
+        )
 
     @torch.inference_mode()
     def __call__(self, volume: Tensor, *, memory_limit_bytes: int | None = None) -> Tensor:
@@ -209,5 +213,4 @@ def fold_norm(block: ConvBlock) -> tuple[Tensor, Tensor]:
         raise ValueError("only a norm with running statistics can be folded")
     gain = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     bias = norm.bias.double() - norm.running_mean.double() * gain
-    weight = block.conv.weight.double() * gain.view(-1, 1, 1, 1, 1)
-    return weight.float(), bias.float()
+    return block.conv.weight * gain.float().view(-1, 1, 1, 1, 1), bias.float()

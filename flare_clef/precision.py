@@ -51,6 +51,8 @@ def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[s
             raise UserError(f"--precision {wanted}: expected auto, fp32, bf16 or fp16")
         if wanted == "fp16" and device.type == "cpu":
             raise UserError("--precision fp16: for GPUs only; use bf16, fp32 or auto on a CPU")
+        if wanted == "bf16" and device.type == "cpu" and bf16_is_emulated():
+            return wanted, "asked for; this processor emulates it: expect hours, take fp32 or auto"
         return wanted, "asked for"
     if device.type == "cuda":
         return "fp16", "the GPU's fast format"
@@ -63,6 +65,12 @@ def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[s
     chosen = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
     return chosen, f"faster here: {times} for a trial with {threads} thread(s)"
+
+
+def bf16_is_emulated() -> bool:
+    """Whether this CPU lacks the instructions, so that bf16 is many times slower than fp32."""
+    seconds = _trial_seconds(16)
+    return seconds["bf16"] > _HOPELESS * seconds["fp32"]
 
 
 def _trial_seconds(side: int) -> dict[str, float]:

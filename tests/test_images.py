@@ -167,6 +167,31 @@ def test_wrong_suffixes_about_compression_are_forgiven(plain: Path, tmp_path: Pa
         assert image.spacing_mm == (1.5, 1.25, 3.0)
 
 
+def test_gzip_in_pieces_members_and_with_padding(plain: Path, tmp_path: Path):
+    # Noise, so that the compressed file is longer than what is read at once, and two members
+    # that part in the middle of the voxels.
+    hu = np.random.default_rng(0).integers(-900, 900, (24, 200, 220), dtype=np.int16)
+    raw = write_scan(tmp_path / "noise.nii", hu).read_bytes()
+    members = gzip.compress(raw[:1_000_001], 1) + b"\0" * 5 + gzip.compress(raw[1_000_001:], 1)
+    assert len(members) > 2**20
+    for name, content in (
+        ("one", gzip.compress(raw, 1)),
+        ("two", members),
+        ("padded", members + b"\0" * 600),
+        ("longer", gzip.compress(raw + b"behind the voxels")),
+        ("garbage", gzip.compress(raw) + b"not gzip"),
+    ):
+        path = tmp_path / f"{name}.nii.gz"
+        path.write_bytes(content)
+        assert np.array_equal(read_image(path).array, hu), name
+    zipped = bytearray(gzip.compress(raw, 1))
+    (tmp_path / "cut.nii.gz").write_bytes(zipped[:-40])
+    assert "damaged gzip" in refused(tmp_path / "cut.nii.gz")
+    zipped[-8] ^= 1  # the checksum
+    (tmp_path / "flipped.nii.gz").write_bytes(zipped)
+    assert "damaged gzip" in refused(tmp_path / "flipped.nii.gz")
+
+
 def test_what_is_not_a_scan(tmp_path: Path, plain: Path):
     def file(name: str, content: bytes) -> Path:
         (tmp_path / name).write_bytes(content)

@@ -79,10 +79,11 @@ def test_the_peak_stays_under_the_plan(slices):
     measured, planned = subprocess.run(
         [sys.executable, "-c", _PEAK, str(slices)], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert 0.3 * int(planned) < int(measured) <= int(planned)
+    assert 0.4 * int(planned) < int(measured) <= int(planned)
 
 
 _PEAK = """
+import ctypes
 import sys
 import torch
 from flare_clef import inference
@@ -93,10 +94,12 @@ def kib(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-keep_memory()
 inference.SLAB_SLICES = (int(sys.argv[1]),)
 network = inference.FoldedNetwork(SegmentationNetwork().eval(), torch.device("cpu"), "fp32")
 volume = torch.zeros(128, 128, 128)
+# What making the network left free in the heap would hide what computing takes.
+ctypes.CDLL(None).malloc_trim(0)
+keep_memory()
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = kib("VmRSS")
