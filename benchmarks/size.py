@@ -19,7 +19,7 @@ from measuring import predict, scan_of
 def row(name: str, scan: Path, folder: Path, *options: str) -> str:
     cost = predict(scan, folder / "labels.nii.gz", *options)
     if cost.code:
-        return f"| {name} | refused: {cost.log.strip().splitlines()[-1].split(': ', 2)[-1]} |"
+        return f"| {name} | refused: {cost.log.strip().splitlines()[-1].split('failed: ')[-1]} |"
     stages = dict(re.findall(r"(read|prepare|network|restore|write) (\d+\.\d)", cost.log))
     cells = " | ".join(stages[s] for s in ("read", "prepare", "network", "restore", "write"))
     return f"| {name} | {cost.seconds:.1f} | {cost.peak_mib:.0f} | {cells} |"

@@ -27,7 +27,8 @@ from flare_clef.limits import keep_memory, usable_cores
 from flare_clef.network import Architecture, SegmentationNetwork
 from flare_clef.precision import choose_precision
 from flare_clef.training.cases import Case, PreparedCase
-from flare_clef.training.finetuning import Finetuning, FinetuningPlan, Stage
+from flare_clef.training.finetuning import Finetuning
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.losses import softmax_dice_loss
 from flare_clef.training.pretraining import Pretraining, PretrainingPlan
 
@@ -112,7 +113,8 @@ def main() -> None:
         if options.form == "plain":
             seconds = plain_steps(grid, options.steps)
         else:
-            keep_memory()
+            if options.form != "finetune, checkpointed":
+                keep_memory()
             seconds = trainer_steps(options.form, grid, options.steps, options.precision)
         print(json.dumps(seconds))
         return

@@ -193,6 +193,7 @@ def _inflated(path: Path, start: int, size: int) -> bytearray:
 def read_voxels(path: Path, header: NiftiHeader) -> np.ndarray:
     """Voxel values (z, y, x) in HU, slope and intercept applied. Raises UserError."""
     expected = _data_bytes(header)
+    raw: bytes | bytearray
     start = max(header.voxel_offset, HEADER_BYTES)
     try:
         if is_gzip(path):

@@ -182,7 +182,9 @@ def _train(
     from flare_clef.training.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides or ())
-    keep_memory()
+    # Who computes activations twice to save memory wants the heap's gaps back, too.
+    if not any(p and p.activation_checkpointing for p in (recipe.finetune, recipe.pretrain)):
+        keep_memory()
     cores = threads or usable_cores()
     torch.set_num_threads(cores)
     place = join_processes(choose_device(device)[0])

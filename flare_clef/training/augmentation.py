@@ -15,9 +15,11 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from flare_clef.preparation import WINDOW_HU
+from flare_clef.training.losses import UNDECIDED
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
+_WHOLE = (slice(None), slice(None), slice(None))
 _AIR = -0.999
 """Below this a prepared voxel is air or lung, clipped: no intensity change reaches it."""
 
@@ -88,9 +90,16 @@ def draw_affine(settings: AugmentationSettings, generator: Generator) -> Tensor:
     return rows
 
 
-def _affine_grid(affine: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """(1, z, y, x, 3) input coordinates of voxel centres; torch's own multiplies matrices."""
-    z, y, x = ((torch.arange(n) + 0.5) * (2 / n) - 1 for n in size)
+def _affine_grid(
+    affine: Tensor, size: tuple[int, int, int], window: tuple[slice, ...] = _WHOLE
+) -> Tensor:
+    """(1, z, y, x, 3) input coordinates of the voxel centres in ``window`` of a grid of ``size``.
+
+    torch's own multiplies matrices.
+    """
+    z, y, x = (
+        ((torch.arange(n) + 0.5) * (2 / n) - 1)[span] for n, span in zip(size, window, strict=True)
+    )
     columns, shift = affine[:, :3].unbind(1), affine[:, 3]
     grid = x[None, None, :, None] * columns[0] + (
         y[None, :, None, None] * columns[1] + (z[:, None, None, None] * columns[2] + shift)
@@ -98,15 +107,44 @@ def _affine_grid(affine: Tensor, size: tuple[int, int, int]) -> Tensor:
     return grid[None]
 
 
-def _sampling_grid(
-    affine: Tensor, elastic: float, size: tuple[int, int, int], generator: Generator
-) -> Tensor:
-    grid = _affine_grid(affine, size)
-    if elastic > 0:
-        coarse = torch.randn(1, 3, 5, 5, 5, generator=generator) * (2 * elastic)
+def _elastic_field(coarse: Tensor, size: tuple[int, int, int], window: tuple[slice, ...]) -> Tensor:
+    """(1, z, y, x, 3) displacement in ``window`` of a grid of ``size``: ``coarse`` interpolated."""
+    if window == _WHOLE:
         field = functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
-        grid += field.permute(0, 2, 3, 4, 1)
-    return grid
+    else:
+        axes = [torch.linspace(-1, 1, n)[span] for n, span in zip(size, window, strict=True)]
+        z, y, x = torch.meshgrid(*axes, indexing="ij")
+        places = torch.stack([x, y, z], dim=-1)[None]
+        field = functional.grid_sample(coarse, places, mode="bilinear", align_corners=True)
+    return field.permute(0, 2, 3, 4, 1)
+
+
+def draw_block(
+    labels: Tensor,
+    affine: Tensor,
+    size: tuple[int, int, int],
+    block: int,
+    generator: Generator,
+) -> tuple[slice, ...]:
+    """Where a cube of ``block`` voxels lies in a grid of ``size`` that ``affine`` will make.
+
+    Half the time about a voxel of an organ, each organ of ``labels`` as likely as any other,
+    so that a small one is seen as often as the liver; else anywhere.
+    """
+    room = [n - block for n in size]
+    starts = [int(_uniform(generator, 0, n + 1)) for n in room]
+    organs = [value for value in torch.unique(labels).tolist() if 0 < value < UNDECIDED]
+    if organs and _chance(generator, 0.5):
+        organ = organs[int(_uniform(generator, 0, len(organs)))]
+        found = torch.nonzero(labels == organ)
+        voxel = found[int(_uniform(generator, 0, len(found)))].flip(0)  # x, y, z
+        extent = torch.tensor(labels.shape).flip(0)
+        place = (voxel + 0.5) * 2 / extent - 1
+        seen = torch.linalg.solve(affine[:, :3], place - affine[:, 3]).flip(0)
+        middles = [(float(q) + 1) / 2 * n for q, n in zip(seen, size, strict=True)]
+        starts = [round(middle - block / 2) for middle in middles]
+    starts = [min(max(0, start), free) for start, free in zip(starts, room, strict=True)]
+    return tuple(slice(start, start + block) for start in starts)
 
 
 def _in_slabs(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
@@ -137,15 +175,24 @@ def deform(
     image: Tensor,
     labels: Tensor,
     size: tuple[int, int, int],
-    settings: AugmentationSettings,
+    settings: AugmentationSettings | None,
     generator: Generator,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Affine, field of view and elastic change of image and labels alike, on a new grid.
 
-    Beyond the volume there is air (-1) and background.
+    ``settings`` None only resizes. ``block`` gives a cube of so many voxels of that grid, see
+    :func:`draw_block`. Beyond the volume there is air (-1) and background.
     """
-    affine = draw_affine(settings, generator)
-    grid = _sampling_grid(affine, settings.elastic, size, generator)
+    affine, coarse = torch.eye(3, 4), None
+    if settings is not None:
+        affine = draw_affine(settings, generator)
+        if settings.elastic > 0:
+            coarse = torch.randn(1, 3, 5, 5, 5, generator=generator) * (2 * settings.elastic)
+    window = draw_block(labels, affine, size, block, generator) if block else _WHOLE
+    grid = _affine_grid(affine, size, window)
+    if coarse is not None:
+        grid += _elastic_field(coarse, size, window)
     image = _in_slabs(image.to(torch.float32, copy=True).add_(1), grid, "bilinear").sub_(1)
     labels = _in_slabs(labels.float(), grid, "nearest").to(torch.uint8)
     return image, labels
@@ -243,15 +290,15 @@ def augment(
     size: tuple[int, int, int],
     settings: AugmentationSettings | None,
     generator: Generator,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A step's image and labels on a grid of ``size``; None for ``settings`` only resizes."""
-    if settings is None:
-        if tuple(image.shape) == size:
-            return image.float(), labels
-        grid = _sampling_grid(torch.eye(3, 4), 0.0, size, generator)
-        return (
-            _in_slabs(image.to(torch.float32, copy=True).add_(1), grid, "bilinear").sub_(1),
-            _in_slabs(labels.float(), grid, "nearest").to(torch.uint8),
-        )
-    image, labels = deform(image, labels, size, settings, generator)
-    return change_intensities(image, settings, generator), labels
+    """A step's image and labels on a grid of ``size``, or a cube of ``block`` voxels of it.
+
+    None for ``settings`` changes nothing but the size.
+    """
+    if settings is None and not block and tuple(image.shape) == size:
+        return image.float(), labels
+    image, labels = deform(image, labels, size, settings, generator, block)
+    if settings is not None:
+        image = change_intensities(image, settings, generator)
+    return image, labels

@@ -1,15 +1,13 @@
 """Fine-tuning with labels (paper, sections 2.2 and 3.2), as a list of stages.
 
-A stage has its grid, its steps, its learning rate from first to last step, its augmentation,
-and says whether normalisation statistics live or are frozen. Everything that a step draws
-follows from the run's seed and the step's number, so a resumed run repeats itself.
+Stages and rates: :mod:`flare_clef.training.finetuning_plan`; what a step sees:
+:mod:`flare_clef.training.batches`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from flare_clef.network import Architecture, SegmentationNetwork, UNet, norms
-from flare_clef.training.augmentation import AugmentationSettings, augment
+from flare_clef.training.batches import LabelledBatch, batch_of, draw_order, make_batch
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.checkpoints import BEST, save_checkpoint
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.forward import forward_precision
 from flare_clef.training.loop import Trainer
 from flare_clef.training.losses import sigmoid_dice_loss, softmax_dice_loss
@@ -29,142 +28,6 @@ from flare_clef.training.validation import DiceTable, means
 
 _VOLUMES_FOR_STATISTICS = 24
 """So many volumes give the statistics that are frozen."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training on one grid."""
-
-    grid: int
-    """Voxels along each axis of the volumes that steps see."""
-    steps: int = 0
-    learning_rate: tuple[float, float] = (1e-3, 1e-3)
-    """At the first and at the last step, along half a cosine."""
-    freeze_after: float = 1.0
-    """Share of the stage after which normalisation statistics are re-estimated and frozen."""
-    augmentation: AugmentationSettings | None = field(default_factory=AugmentationSettings)
-    epochs: int = 0
-    """In place of ``steps``: so many times every case."""
-
-
-@dataclass(frozen=True)
-class FinetuningPlan:
-    """All that decides the result of a run, beside the data."""
-
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    warmup_steps: int = 50
-    loss: str = "softmax"
-    """``softmax``: organs compete, see :func:`softmax_dice_loss`; ``sigmoid``: the paper's."""
-    ce_share: float = 1.0
-    dice_share: float = 1.0
-    repeats: dict[str, float] = field(default_factory=dict)
-    """How often a case is drawn, relative to 1 for those not named."""
-    start: str = ""
-    """A weights file to start from, relative to the recipe; empty: random weights."""
-    batch: int = 1
-    """Cases of a step, one volume at a time; shared among the processes of ``torchrun``."""
-    patience_epochs: int = 0
-    """Ends after so many epochs without a lower validation loss (the paper: 3); 0: never."""
-    weight_average: float = 0.0
-    """Decay of a moving average of the weights, which is then judged and exported; 0: none."""
-    gradient_clip: float = 12.0
-    """Largest norm of the gradient; 0: none."""
-    activation_checkpointing: bool = False
-    """Less memory, a third more time, the same result."""
-
-    def for_cases(self, count: int) -> FinetuningPlan:
-        """The plan with ``epochs`` of ``count`` cases turned into steps."""
-        stages = (
-            replace(s, steps=s.steps or s.epochs * self.epoch_steps(count), epochs=0)
-            for s in self.stages
-        )
-        return replace(self, stages=tuple(stages))
-
-    def epoch_steps(self, cases: int) -> int:
-        """Steps until every case was seen once."""
-        return math.ceil(cases / self.batch)
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> tuple[Stage, int]:
-        """The stage that ``step`` (from 0) belongs to, and the step's number within it."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step
-            step -= stage.steps
-        raise ValueError("step beyond the plan")
-
-    def learning_rate(self, step: int) -> float:
-        stage, within = self.stage_at(step)
-        first, last = stage.learning_rate
-        cosine = (1 + math.cos(math.pi * within / max(1, stage.steps - 1))) / 2
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return warm * (last + (first - last) * cosine)
-
-    def frozen_at(self, step: int) -> bool:
-        stage, within = self.stage_at(step)
-        return within >= stage.freeze_after * stage.steps
-
-
-def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]:
-    """Cases in the order in which steps see them: each in turn, every round in a new order."""
-    generator = torch.Generator().manual_seed(plan.seed)
-    weights = torch.tensor([plan.repeats.get(c.case.name, 1.0) for c in cases])
-    order: list[int] = []
-    due = torch.zeros(len(cases))
-    wanted = plan.steps * plan.batch
-    while len(order) < wanted:
-        due += weights
-        chosen = torch.nonzero(due >= 1 - 1e-6).flatten()
-        due[chosen] -= 1
-        order += chosen[torch.randperm(len(chosen), generator=generator)].tolist()
-    return order[:wanted]
-
-
-@dataclass
-class LabelledBatch:
-    """One case as a step sees it: image (1, 1, z, y, x), labels (z, y, x), organs (13,)."""
-
-    case: str
-    image: Tensor
-    labels: Tensor
-    labelled: Tensor
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        return replace(
-            self,
-            image=self.image.to(device),
-            labels=self.labels.to(device),
-            labelled=self.labelled.to(device),
-        )
-
-
-def make_batch(
-    plan: FinetuningPlan, cases: Sequence[PreparedCase], order: list[int], index: int
-) -> LabelledBatch:
-    """Number ``index`` of the run's cases; a function of the plan's seed and the number alone."""
-    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + index + 1)
-    stage, _ = plan.stage_at(index // plan.batch)
-    return _batch_of(cases[order[index]], stage.grid, stage.augmentation, generator)
-
-
-def _batch_of(
-    case: PreparedCase,
-    grid: int,
-    settings: AugmentationSettings | None,
-    generator: torch.Generator,
-) -> LabelledBatch:
-    image, labels = augment(
-        torch.from_numpy(case.image.copy()),
-        torch.from_numpy(case.labels.copy()),
-        (grid,) * 3,
-        settings,
-        generator,
-    )
-    return LabelledBatch(case.case.name, image[None, None], labels, case.case.labelled)
 
 
 def freeze_statistics(
@@ -335,10 +198,11 @@ class Finetuning(Trainer):
     def validation_loss(self, grid: int) -> float:
         """Mean loss over the prepared cases kept aside, in evaluation mode, not augmented."""
         generator = torch.Generator()
+        whole = Stage(grid, augmentation=None)
         losses = []
         with torch.no_grad():
             for case in self.kept_aside:
-                batch = _batch_of(case, grid, None, generator).to(self.device)
+                batch = batch_of(case, whole, generator).to(self.device)
                 losses.append(float(self.objective(batch)[0]))
         return fmean(losses)
 

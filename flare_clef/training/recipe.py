@@ -16,7 +16,7 @@ from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture
-from flare_clef.training.finetuning import FinetuningPlan
+from flare_clef.training.finetuning_plan import FinetuningPlan
 from flare_clef.training.pretraining import PretrainingPlan
 
 try:
@@ -114,6 +114,10 @@ def _problem(recipe: Recipe) -> str | None:
         rules += [
             (f"{where}.steps", stage.steps, stage.steps >= 0, "1 or more"),
             (f"{where}.epochs", stage.epochs, stage.epochs >= 0, "1 or more"),
+            (f"{where}.block", stage.block,
+             stage.block == 0 or (2 * divisor <= stage.block <= stage.grid
+                                  and stage.block % divisor == 0),
+             f"0, or a multiple of {divisor} from {2 * divisor} to its grid"),
             (f"{where}.freeze_after", stage.freeze_after, 0 <= stage.freeze_after <= 1, "0 to 1"),
             (f"{where}.learning_rate", min(stage.learning_rate), min(stage.learning_rate) > 0,
              "above 0"),

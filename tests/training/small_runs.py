@@ -20,7 +20,8 @@ import torch
 
 from flare_clef.network import Architecture
 from flare_clef.training.cases import Case, PreparedCase
-from flare_clef.training.finetuning import Finetuning, FinetuningPlan, Stage
+from flare_clef.training.finetuning import Finetuning
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.loop import Stopped, Trainer
 from flare_clef.training.pretraining import Pretraining, PretrainingPlan
 from flare_clef.training.processes import join_processes, leave_processes, rank

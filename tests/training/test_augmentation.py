@@ -21,6 +21,7 @@ from flare_clef.training.augmentation import (
     clip,
     deform,
     draw_affine,
+    draw_block,
     scale_values,
     thick_slices,
     unclip,
@@ -95,6 +96,48 @@ def test_undecided_voxels_stay_undecided():
     labels[labels == 13] = 255
     _, marks = augment(image, labels, SIZE, AugmentationSettings(), seeded(3))
     assert (marks == 255).any() and set(marks.unique().tolist()) <= {0, 2, 255}
+
+
+@pytest.mark.parametrize("drawn", [settings(), AugmentationSettings(), None])
+def test_a_block_is_a_cut_of_the_whole(drawn: AugmentationSettings | None):
+    image, labels = two_boxes()
+    image += 0.1 * torch.rand(SIZE, generator=seeded(9))
+    size = (32, 32, 32)
+    places = set()
+    for seed in range(20):
+        whole, whole_labels = deform(image, labels, size, drawn, seeded(seed))
+        part, part_labels = deform(image, labels, size, drawn, seeded(seed), block=16)
+        generator = seeded(seed)
+        affine = torch.eye(3, 4)
+        if drawn is not None:
+            affine = draw_affine(drawn, generator)
+            if drawn.elastic:
+                torch.randn(1, 3, 5, 5, 5, generator=generator)
+        window = draw_block(labels, affine, size, 16, generator)
+        assert part.shape == (16, 16, 16)
+        assert torch.allclose(part, whole[window], atol=1e-4)
+        # A rounding's width from a border the nearest voxel may be the other one.
+        assert (part_labels != whole_labels[window]).float().mean() < 1e-3
+        places.add(tuple(span.start for span in window))
+    assert len(places) > 10
+
+
+def test_blocks_find_small_organs_as_often_as_large_ones():
+    labels = torch.zeros(SIZE, dtype=torch.uint8)
+    labels[2:20, 2:20, 2:12] = 1
+    labels[20, 20, 21] = 8
+    labels[0, 0, :] = 255
+    affine = draw_affine(settings(scale=0.1, rotation_degrees=8), seeded(1))
+    seen = 0
+    generator = seeded(2)
+    for _ in range(400):
+        window = draw_block(labels, affine, (48, 48, 48), 16, generator)
+        assert all(span.start >= 0 and span.stop <= 48 for span in window)
+        grid = augmentation._affine_grid(affine, (48, 48, 48), window)
+        found = augmentation._in_slabs((labels == 8).float(), grid, "nearest")
+        seen += bool(found.any())
+    # Drawn about it in a quarter of the blocks; by chance alone it would be in one of 20.
+    assert 0.2 < seen / 400 < 0.45
 
 
 def test_sizes_and_shifts_stay_in_their_ranges():

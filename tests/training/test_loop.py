@@ -18,7 +18,8 @@ from small_runs import SMALL, one_thread, small_cases, small_trainer
 
 from flare_clef.errors import UserError
 from flare_clef.training.checkpoints import BEFORE, BEST, LAST, load_checkpoint, save_checkpoint
-from flare_clef.training.finetuning import Finetuning, FinetuningPlan, Stage
+from flare_clef.training.finetuning import Finetuning
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.weight_average import WeightAverage
 
 __all__ = ["one_thread"]

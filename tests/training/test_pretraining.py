@@ -13,7 +13,8 @@ from small_runs import PRETRAIN, SMALL, one_thread, small_cases, small_trainer
 from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.backbone import load_start, save_backbone
-from flare_clef.training.finetuning import Finetuning, FinetuningPlan, Stage
+from flare_clef.training.finetuning import Finetuning
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.pretraining import (
     Pretraining,
     PretrainingObjective,

@@ -13,15 +13,11 @@ from conftest import TINY, body_hu, lively_network, write_scan
 
 from flare_clef.errors import UserError
 from flare_clef.training.augmentation import AugmentationSettings, augment, draw_affine
+from flare_clef.training.batches import draw_order
 from flare_clef.training.cases import find_cases, prepare_case
 from flare_clef.training.checkpoints import BEFORE, LAST, load_checkpoint, save_checkpoint
-from flare_clef.training.finetuning import (
-    Finetuning,
-    FinetuningPlan,
-    Stage,
-    draw_order,
-    freeze_statistics,
-)
+from flare_clef.training.finetuning import Finetuning, freeze_statistics
+from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +78,9 @@ def test_bad_pairs_are_named(tmp_path: Path):
          "data.fold = 5: must be below data.folds"),
         ("[finetune]\nloss = 'l2'\nstages = [{grid = 64, steps = 1, learning_rate = [1, 1]}]",
          "must be 'softmax' or 'sigmoid'"),
+        ("[finetune]\nstages = [{grid = 128, block = 80, steps = 1}]",
+         "stages[0].block = 80: must be 0, or a multiple of 32 from 64 to its grid"),
+        ("[finetune]\nstages = [{grid = 96, block = 128, steps = 1}]", "block = 128: must be 0"),
         ("[network]\nwidths = [4]", "encoder_convs needs one number per level"),
         ("not toml", "not TOML"),
     ],
