@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from flare_clef import nifti
+from flare_clef import nifti, nrrd
 from flare_clef.dicom import is_dicom_folder, read_series
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
@@ -43,6 +43,8 @@ class Image:
     warnings: tuple[str, ...] = ()
     nifti_header: bytes | None = None
     """The input's own header, so that its label map repeats the geometry bit for bit."""
+    nrrd_geometry: tuple[bytes, ...] = ()
+    """The lines of an NRRD input's header that do the same for NRRD."""
     owner: Any = field(default=None, repr=False)
     """Keeps the memory under ``array`` alive."""
 
@@ -112,7 +114,10 @@ def read_image(path: Path) -> Image:
             raise UserError(f"{path}: not a known kind of image; expected {' '.join(SUFFIXES)}")
         if suffix.startswith(".nii"):
             return _read_nifti(path)
-        return _checked(*_unpack(_read_with_itk(path)), source=path)
+        image = _checked(*_unpack(_read_with_itk(path)), source=path)
+        if suffix in (".nrrd", ".nhdr"):
+            image = replace(image, nrrd_geometry=nrrd.geometry_lines(path))
+        return image
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -238,7 +243,7 @@ def _checked(
     if array.dtype == np.float64 or array.dtype == np.float16:
         array = array.astype(np.float32)
     warnings = _value_warnings(array)
-    return Image(array, spacing, origin, direction, source, warnings, None, owner)  # type: ignore[arg-type]
+    return Image(array, spacing, origin, direction, source, warnings, owner=owner)  # type: ignore[arg-type]
 
 
 def _value_warnings(array: np.ndarray) -> tuple[str, ...]:
@@ -305,9 +310,9 @@ def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = T
     """Writes uint8 ``labels`` (z, y, x) with the geometry of ``like``, atomically.
 
     The suffix decides the format; NIfTI and NRRD carry the organs' names and colours, unless
-    ``named`` is False (masks whose 1 is not the liver). From
-    NIfTI to NIfTI the header's geometry is repeated bit for bit. Raises UserError where the
-    file cannot be written; nothing is left behind then.
+    ``named`` is False (masks whose 1 is not the liver). From NIfTI to NIfTI, and from NRRD to
+    NRRD, the header's geometry is repeated bit for bit. Raises UserError where the file cannot
+    be written; nothing is left behind then.
     """
     suffix = strip_suffix(path.name)[1].lower()
     if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
@@ -324,6 +329,8 @@ def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = T
                 for key, value in slicer_keys(image.GetSize()).items():
                     image.SetMetaData(key, value)
             sitk.WriteImage(image, str(temporary), True, 1)
+            if suffix == ".nrrd" and like.nrrd_geometry:
+                nrrd.repeat_geometry(temporary, like.nrrd_geometry)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except RuntimeError as error:

@@ -56,6 +56,7 @@ def reorient(image: Image, code: str) -> Image:
         origin_mm=tuple(origin.tolist()),
         direction=tuple(columns.ravel().tolist()),
         nifti_header=None,
+        nrrd_geometry=(),
         owner=None,
     )
 

@@ -153,5 +153,10 @@ def _part(image: Image, stored: int, first: int, end: int) -> Image:
 
 def _with(image: Image, array: np.ndarray, **geometry: Any) -> Image:
     return replace(
-        image, array=np.ascontiguousarray(array), nifti_header=None, owner=None, **geometry
+        image,
+        array=np.ascontiguousarray(array),
+        nifti_header=None,
+        nrrd_geometry=(),
+        owner=None,
+        **geometry,
     )

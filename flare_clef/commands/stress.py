@@ -113,7 +113,7 @@ def _require_measure() -> None:
 def _as_labels(image: Image, labels: object) -> Image:
     from dataclasses import replace
 
-    return replace(image, array=labels, nifti_header=None)  # type: ignore[arg-type]
+    return replace(image, array=labels, nifti_header=None, nrrd_geometry=())  # type: ignore[arg-type]
 
 
 def _print_row(name: str, mean: float | None, scores: dict[str, float | None]) -> None:
