@@ -16,9 +16,23 @@ mounted() {
   return 1
 }
 
-# By trying: the mode of a folder does not tell of a read-only or full file system.
+# By trying: the mode of a folder does not tell of a read-only or full file system. "why" is what
+# the system says, with owner and mode where those are the reason.
 writable() {
-  mkdir -p "$1" 2>/dev/null && (: >"$1/.flare-clef.$$") 2>/dev/null && rm "$1/.flare-clef.$$"
+  if why=$(mkdir -p "$1" 2>&1) && why=$( (: >"$1/.flare-clef.$$") 2>&1); then
+    rm -f "$1/.flare-clef.$$"
+    return
+  fi
+  why=${why##*: }
+  case $why in Permission*)
+    at=$1
+    [ -d "$at" ] || at=${1%/*}
+    owner=$(stat -c %u:%g "$at")
+    why="$why: owner $owner, mode $(stat -c %a "$at")"
+    [ "${owner%:*}" != "${me%:*}" ] || owner=''
+    ;;
+  esac
+  return 1
 }
 
 fail() {
@@ -27,15 +41,14 @@ fail() {
 }
 
 if [ $# -lt 2 ] && [ -e /opt/flare-clef/entrypoint.sh ]; then
-  me="user $(id -u):$(id -g)"
-  # shellcheck disable=SC2016 # the remedy is for the user's own shell
-  remedy='docker run --user "$(id -u):$(id -g)", or a folder that all may write'
+  me=$(id -u):$(id -g) owner=''
   if mounted "$outputs"; then
-    writable "$outputs" || fail "$outputs: $me cannot write there; $remedy"
+    writable "$outputs" || fail "$outputs: user $me cannot write there ($why);" \
+      "${owner:+add --user $owner, or chown $me FOLDER, or }mount another folder there"
   elif mounted "$inputs"; then
     writable "${inputs%/}/outputs" ||
-      fail "$outputs is not mounted and $me cannot write to $inputs: nowhere to put the labels;" \
-        "add -v FOLDER:$outputs (or $remedy)"
+      fail "$outputs is not mounted and user $me cannot write to $inputs ($why):" \
+        "nowhere to put the labels; add -v FOLDER:$outputs${owner:+, or --user $owner}"
     echo "flare-clef: $outputs is not mounted: labels go beside the scans," \
       "to ${inputs%/}/outputs (folder \"outputs\" of what you mounted)" >&2
     outputs=${inputs%/}/outputs

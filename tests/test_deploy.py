@@ -39,12 +39,29 @@ def test_slurm_tasks_take_each_share_once(fake_command):
     assert shares == {f"{k}/8" for k in range(8)}
 
 
+def test_the_kubernetes_job_is_valid_by_the_schema_of_kubernetes():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not there")
+    text = (DEPLOY / "kubernetes-job.yaml").read_text()
+    versions = schemas.utils.all_versions()
+    for version in (versions[0], versions[-1]):
+        schemas.validate(yaml.safe_load(text), version, strict=True)
+    # A misspelt field and a wrong type are found, so the schema says something.
+    for right, wrong in (
+        ("completionMode:", "completionmode:"),
+        ("completions: 8", 'completions: "8"'),
+        ("mountPath: /tmp", "mountPaths: /tmp"),
+    ):
+        assert right in text
+        with pytest.raises(schemas.ValidationError):
+            schemas.validate(yaml.safe_load(text.replace(right, wrong)), versions[-1], strict=True)
+
+
 def test_kubernetes_pods_take_each_share_once(fake_command):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     job = yaml.safe_load((DEPLOY / "kubernetes-job.yaml").read_text())
-    # The fields that batch/v1 requires of an indexed job.
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     spec = job["spec"]
+    # What the schema does not tell.
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] >= spec["parallelism"] >= 1
     pod = spec["template"]["spec"]

@@ -117,6 +117,14 @@ def test_layers_hold_the_weights_once_and_nothing_that_does_not_belong(tmp_path:
             with tarfile.open(fileobj=archive.extractfile(name)) as layer:
                 files += [(m.name, m.size) for m in layer if m.isfile() or m.issym()]
     saved.unlink()
+    sizes: dict[str, int] = {}
+    for name, size in files:
+        folder = re.sub(r"^(.*/site-packages/[^/]+|[^/]+/[^/]+).*", r"\1", name)
+        sizes[folder] = sizes.get(folder, 0) + size
+    print(f"{len(files)} files, {sum(sizes.values()) / 1e6:.1f} MB; folders above 1 MB:")
+    for folder, size in sorted(sizes.items(), key=lambda each: -each[1]):
+        if size > 1e6:
+            print(f"{size / 1e6:8.1f} MB {folder}")
     weights = [name for name, _ in files if name.endswith(".safetensors")]
     assert len(weights) == 1 and weights[0].endswith("/_weights/flare_clef.safetensors")
     wrong = re.compile(
@@ -163,6 +171,10 @@ def test_command_line(scans: Path, outputs: Path, small: tuple[str, str]):
     )
     assert same.returncode == 0, same.stderr
     assert "1.000" in same.stdout
+    coarse = ("--pixel-mm", "4", "--slice-thickness-mm", "6")
+    made = run("-v", f"{outputs}:/demo", IMAGE, "phantom", "/demo", *coarse)
+    assert made.returncode == 0, made.stderr
+    assert {"cases.json", "images", "labels"} <= set(names(outputs))
 
 
 # --- the challenge's way and the user's --------------------------------------------------------
@@ -313,23 +325,107 @@ def test_no_outputs_mount_writes_beside_the_scans(scans: Path, small: tuple[str,
     assert names(scans / "outputs") == ["a.nii.gz", "c.mha"]
 
 
-def test_nowhere_to_write_is_said_before_computing(scans: Path, tmp_path: Path):
+def test_nowhere_to_write_is_said_before_computing(scans: Path, outputs: Path, tmp_path: Path):
+    """One line, exit 1, nothing read or computed; the line names the reason and the remedy."""
     locked = tmp_path / "locked"
     locked.mkdir()
-    locked.chmod(0o755)  # root's
-    inputs = ("-v", f"{scans}:/workspace/inputs:ro")
-    for given, words in (
-        (inputs, "nowhere to put the labels"),
-        ((*inputs, "-v", f"{locked}:/workspace/outputs"), "user 1000:1000 cannot write there"),
-        (("--read-only",), "nothing is mounted"),
+    locked.chmod(0o755)  # root's: what docker makes of a folder that is not there
+    scans.chmod(0o755)
+    inputs = ("-v", f"{scans}:/workspace/inputs")
+    read_only = ("-v", f"{scans}:/workspace/inputs:ro")
+    denied = "(Permission denied: owner 0:0, mode 755)"
+    for given, said in (
+        (
+            read_only,
+            "/workspace/outputs is not mounted and user 1000:1000 cannot write to"
+            " /workspace/inputs (Read-only file system): nowhere to put the labels;"
+            " add -v FOLDER:/workspace/outputs",
+        ),
+        (
+            inputs,
+            "/workspace/outputs is not mounted and user 1000:1000 cannot write to"
+            f" /workspace/inputs {denied}: nowhere to put the labels;"
+            " add -v FOLDER:/workspace/outputs, or --user 0:0",
+        ),
+        (
+            (*read_only, "-v", f"{locked}:/workspace/outputs"),
+            f"/workspace/outputs: user 1000:1000 cannot write there {denied};"
+            " add --user 0:0, or chown 1000:1000 FOLDER, or mount another folder there",
+        ),
+        (
+            (*read_only, "-v", f"{outputs}:/workspace/outputs:ro"),
+            "/workspace/outputs: user 1000:1000 cannot write there (Read-only file system);"
+            " mount another folder there",
+        ),
+        (
+            ("--read-only",),
+            "nothing is mounted; add -v FOLDER:/workspace/inputs -v FOLDER:/workspace/outputs",
+        ),
     ):
         done = run(*given, IMAGE)
         assert done.returncode == 1
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert words in done.stderr and "-v FOLDER:" in done.stderr + "-v FOLDER:" * (
-            "--user" in done.stderr
-        )
-    assert names(locked) == []
+        assert done.stderr == f"flare-clef: {said}\n"
+        assert done.stdout == ""
+    assert names(locked) == names(outputs) == []
+    assert names(scans) == ["a_0000.nii.gz", "bad_0000.nii.gz", "c.mha"]
+
+
+@pytest.mark.parametrize("remedy", ["--user", "chown"])
+def test_the_remedies_for_a_folder_of_another_user(
+    remedy: str, scans: Path, tmp_path: Path, small: tuple[str, str]
+):
+    """What the refusal names, done, lets the same command through."""
+    (scans / "bad_0000.nii.gz").unlink()
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o755)
+    refused = run(*mounts(scans, locked), *small, IMAGE).stderr
+    user = re.search(r"add --user (\S+), or chown (\S+) FOLDER", refused)
+    assert user, refused
+    if remedy == "chown":
+        os.chown(locked, *map(int, user[2].split(":")))
+        done = run(*mounts(scans, locked), *small, IMAGE)
+    else:
+        done = run("--user", user[1], *mounts(scans, locked), *small, IMAGE)
+    assert done.returncode == 0, done.stderr
+    assert names(locked) == ["a.nii.gz", "c.mha"]
+
+
+# --- on a cluster ------------------------------------------------------------------------------
+
+
+def test_the_pods_of_the_kubernetes_job(tmp_path: Path, outputs: Path, small: tuple[str, str]):
+    """The manifest's own command, user, security context, limits and mounts, by `docker run`."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    spec = yaml.safe_load((ROOT / "deploy" / "kubernetes-job.yaml").read_text())["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    for number in range(3):
+        write_scan(tmp_path / "inputs" / f"{number}.nii.gz", body_hu(seed=number))
+    folders = {"inputs": tmp_path / "inputs", "outputs": outputs}
+    assert container["image"] == IMAGE
+    limits = container["resources"]["limits"]
+    options = [
+        *("--user", f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}"),
+        *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        *("--cpus", limits["cpu"], "--memory", limits["memory"].replace("Gi", "g")),
+    ]
+    for mount in container["volumeMounts"]:
+        if "subPath" in mount:
+            mode = "ro" if mount.get("readOnly") else "rw"
+            options += ["-v", f"{folders[mount['subPath']]}:{mount['mountPath']}:{mode}"]
+        else:
+            options += ["--tmpfs", mount["mountPath"]]
+    entry, *rest = [*container["command"], *container["args"]]
+    done_by = {}
+    for index in range(spec["completions"]):
+        before = set(names(outputs))
+        pod_index = ("-e", f"JOB_COMPLETION_INDEX={index}")
+        done = run(*options, *pod_index, *small, "--entrypoint", entry, IMAGE, *rest)
+        assert done.returncode == 0, done.stderr
+        done_by[index] = sorted(set(names(outputs)) - before)
+    assert [done_by[k] for k in range(3)] == [["0.nii.gz"], ["1.nii.gz"], ["2.nii.gz"]]
+    assert not any(done_by[k] for k in range(3, spec["completions"]))
 
 
 # --- stopping ----------------------------------------------------------------------------------
