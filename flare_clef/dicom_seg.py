@@ -38,7 +38,7 @@ SNOMED_CT: dict[str, tuple[str, str]] = {
 }
 """Code and meaning of each structure; a side is a modifier of its own."""
 
-_CATEGORY = ("123037004", "Anatomical Structure")
+_CATEGORY = ("91723000", "Anatomical Structure")
 _SIDES = {"right": ("24028007", "Right"), "left": ("7771000", "Left")}
 
 

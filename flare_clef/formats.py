@@ -50,7 +50,9 @@ def slicer_keys(size: tuple[int, int, int]) -> dict[str, str]:
     """Key/value pairs of a ``.seg.nrrd`` of one layer, ``size`` voxels (x, y, z)."""
     extent = " ".join(f"0 {n - 1}" for n in size)
     keys = {
+        # Slicer's documentation calls it Source, the files of its present versions Master.
         "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_SourceRepresentation": "Binary labelmap",
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
@@ -82,7 +84,8 @@ def itksnap_labels() -> str:
 
 
 def slicer_colours() -> str:
-    """A colour table (.ctbl): 3D Slicer, Add Data, then chosen as the volume's colours."""
-    lines = ["# index name red green blue opacity", "0 background 0 0 0 0"]
+    """A colour table (.ctbl): 3D Slicer, Add Data, then chosen as a segmentation's color node."""
+    # The documented first words by which Slicer tells a table from a continuous scale.
+    lines = ["# Color table file: index name red green blue opacity", "0 background 0 0 0 0"]
     lines += [f"{o.index} {o.name} {' '.join(map(str, o.colour))} 255" for o in ORGANS]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import body_hu
 
-from flare_clef.dicom_seg import SNOMED_CT, segmentation_file
+from flare_clef.dicom_seg import _CATEGORY, _SIDES, SNOMED_CT, segmentation_file
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.organs import ORGANS
@@ -122,6 +122,24 @@ def test_some_organs_are_numbered_from_one(series: Path):
 def test_every_organ_has_a_code():
     assert len(SNOMED_CT) == 11
     assert all(o.name.removeprefix("right_").removeprefix("left_") in SNOMED_CT for o in ORGANS)
+
+
+def test_codes_stand_in_the_context_groups_of_the_standard():
+    """By pydicom's dictionary, made from DICOM PS3.16: code, meaning, and the groups it is in."""
+    from pydicom.sr._concepts_dict import concepts
+
+    listed: dict[tuple[str, str], set[int]] = {}
+    for terms in concepts["SCT"].values():
+        for code, (meaning, groups) in terms.items():
+            listed.setdefault((code, meaning), set()).update(groups)
+    assert 7150 in listed[_CATEGORY]  # Segmentation Property Category
+    for name, coded in SNOMED_CT.items():
+        assert 7151 in listed[coded], name  # Segmentation Property Type
+        assert coded[1] == name.replace("_", " ").capitalize()
+    for name, coded in _SIDES.items():
+        assert 244 in listed[coded], name  # Laterality
+        assert coded[1] == name.capitalize()
+    assert len({code for code, _ in SNOMED_CT.values()}) == len(SNOMED_CT)
 
 
 def test_a_file_that_is_no_series_is_refused(tmp_path: Path):
