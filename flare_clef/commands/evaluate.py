@@ -183,15 +183,15 @@ def _print_table(summary: dict[str, Any]) -> None:
     ):
         if summary[key]:
             typer.echo(f"{len(summary[key])} case(s) {text}: {_names(summary[key])}")
-    typer.echo(f"\n{'':<25}{'DSC':<33}{'NSD':<31}{'HD95':>7}{'volume':>9}")
-    columns = f"{'mean':>5}{'sd':>6}{'median':>7}  {'95 % interval':<13}"
+    typer.echo(f"\n{'':<25}{'DSC':<36}{'NSD':<36}{'HD95':>7}{'volume':>9}")
+    columns = f"{'mean':>5}{'sd':>6}{'median':>7}  {'95 % interval':<16}"
     typer.echo(f"{'':<21}{'n':>3} {columns}{columns}{'mm':>7}{'diff. ml':>9}")
     for name, figures in [*summary["organs"].items(), ("all_organs", overall)]:
         line = f"{_title(name):<21}{figures['cases']:>3} "
         for score in ("dsc", "nsd"):
             f = figures[score]
             line += f"{_fixed(f['mean'], 3):>5}{_fixed(f['sd'], 3):>6}{_fixed(f['median'], 3):>7}  "
-            line += f"{_interval(f['interval'], 3):<13}"
+            line += f"{_interval(f['interval'], 3):<16}"
         if "hd95_mm" in figures:
             line += f"{_fixed(figures['hd95_mm']['median'], 1):>7}"
             difference = figures["difference_ml"]["mean"]
@@ -212,8 +212,8 @@ def _print_worst(summary: dict[str, Any]) -> None:
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
     typer.echo(f"\nDifference to {comparison['other']}, {comparison['cases']} case(s) in both:")
-    typer.echo(f"{'':<25}{'DSC':<36}NSD")
-    columns = f"{'mean':>6}  {'95 % interval':<16}{'p':>6}      "
+    typer.echo(f"{'':<25}{'DSC':<38}NSD")
+    columns = f"{'mean':>6}  {'95 % interval':<18}{'p':>6}      "
     typer.echo(f"{'':<21}{'n':>3} {columns}{columns}".rstrip())
     for name, figures in comparison.items():
         if name in ("other", "cases"):
@@ -222,7 +222,7 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
         for score in ("dsc", "nsd"):
             f = figures[score]
             line += f"{_fixed(f['difference'], 3, sign=True):>6}  "
-            line += f"{_interval(f['interval'], 3, sign=True):<16}"
+            line += f"{_interval(f['interval'], 3, sign=True):<18}"
             line += f"{_fixed(f['wilcoxon_p'], 4):>6}      "
         typer.echo(line.rstrip())
     typer.echo("p: Wilcoxon signed-rank test over cases, not corrected for the number of tests.")
