@@ -95,7 +95,7 @@ def _slide(drawn: list[tuple[Panel, Any]], case: CaseMeasurement) -> Any:
     draw = ImageDraw.Draw(slide)
     low, high = WINDOW_HU
     draw.text((_EDGE, 46), case.case, fill=_WHITE, font=_font(38), anchor="lm")
-    about = f"window {low:g} to {high:g} HU    flare-clef {__version__}    {_NOTICE}"
+    about = f"window {_signed(low)} to {_signed(high)} HU    flare-clef {__version__}    {_NOTICE}"
     draw.text((_SLIDE[0] - _EDGE, 48), about, fill=_PALE, font=_font(20), anchor="rm")
     for number, (_, picture) in enumerate(drawn):
         slide.paste(picture, _corner(number))
@@ -136,7 +136,12 @@ def _volume(one: OrganMeasurement) -> str:
 
 
 def _mean(one: OrganMeasurement) -> str:
-    return "" if one.hu_mean is None else f"{one.hu_mean:.0f}"
+    return "" if one.hu_mean is None else _signed(one.hu_mean)
+
+
+def _signed(value: float | None) -> str:
+    """A whole number with a true minus, as wide as a plus and never broken off its figure."""
+    return "" if value is None else f"{value:.0f}".replace("-", "−")
 
 
 def _sure(one: OrganMeasurement) -> str:
@@ -193,7 +198,7 @@ def _page(drawn: list[tuple[Panel, Any]], image: Image, case: CaseMeasurement, s
     size = " × ".join(map(str, image.array.shape[::-1]))
     spacing = " × ".join(f"{s:.4g}" for s in image.spacing_mm)
     low, high = WINDOW_HU
-    about = f"{size} voxels of {spacing} mm; window {low:g} to {high:g} HU".replace("-", "−")
+    about = f"{size} voxels of {spacing}&nbsp;mm; window {_signed(low)} to {_signed(high)}&nbsp;HU"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -225,8 +230,8 @@ def _row(one: OrganMeasurement) -> str:
         )
     hu = thirds = ""
     if one.hu_mean is not None:
-        hu = f"{one.hu_mean:.0f} ± {one.hu_sd:.0f}"
-        thirds = f"{one.hu_p05:.0f} / {one.hu_median:.0f} / {one.hu_p95:.0f}"
+        hu = f"{_signed(one.hu_mean)} ± {one.hu_sd:.0f}"
+        thirds = " / ".join(map(_signed, (one.hu_p05, one.hu_median, one.hu_p95)))
     box = " × ".join(f"{n:.0f}" for n in one.box_mm)
     return (
         f"<tr>{head}<td>{_volume(one)}</td><td>{hu}</td>"
