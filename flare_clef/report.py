@@ -164,7 +164,7 @@ figure.half{grid-column:span 3}
 img{display:block;width:100%;height:auto}
 figcaption{padding:6px 12px 8px;color:#aab2bd;font-size:13px;background:#0d0f12}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:16px;
-padding:6px 18px}
+padding:6px 18px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 8px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 thead th{border:0;color:var(--pale);font-weight:500;font-size:13px}
@@ -176,8 +176,10 @@ vertical-align:-1px}
 .notes p{margin:0 0 4px;font-weight:600}
 .notes ul{margin:0;padding-left:20px}
 footer{color:var(--pale);font-size:13px;margin-top:18px}
+@media(max-width:1160px){th,td{padding:7px 5px;font-size:14px}thead th{font-size:12px}}
+@media(max-width:900px){.wide{display:none}}
 @media(max-width:760px){body{padding:16px 12px}.panels{grid-template-columns:1fr}
-figure,figure.half{grid-column:auto}.wide{display:none}h1{font-size:22px}
+figure,figure.half{grid-column:auto}h1{font-size:22px}
 .card{padding:4px 12px}th,td{padding:7px 3px;font-size:14px;vertical-align:bottom}
 thead th,th:first-child{white-space:normal}i{margin-right:7px}}
 @media print{body{max-width:none;background:#fff}figure,.card{break-inside:avoid}}
