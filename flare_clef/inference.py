@@ -32,7 +32,7 @@ from flare_clef.precision import PRECISIONS
 SLAB_SLICES = (32, 16, 8, 4, 2)
 """Thicknesses to choose from, the fastest first."""
 
-_HEAP_GAPS = 1.5
+HEAP_GAPS = 1.5
 """What blocks of unequal size leave unused between them in the heap; up to 1.45 was seen."""
 
 
@@ -135,9 +135,7 @@ class FoldedNetwork:
         held = coarse * voxels // 8
         # The engine keeps a convolution's weights in an order of its own beside ours.
         reordered = 2 * max(m.of_coarse.numel() for m in self._merges)
-        return int(
-            _HEAP_GAPS * self.dtype.itemsize * (reordered + max(below, held + slab + logits))
-        )
+        return int(HEAP_GAPS * self.dtype.itemsize * (reordered + max(below, held + slab + logits)))
 
     @torch.inference_mode()
     def __call__(self, volume: Tensor, *, memory_limit_bytes: int | None = None) -> Tensor:
@@ -150,7 +148,7 @@ class FoldedNetwork:
         slices = self.plan(grid, memory_limit_bytes).slab_slices
         slabs = [(a, min(a + slices, grid[0])) for a in range(0, grid[0], slices)]
         x = volume.to(self.device, self.dtype)[None, None]
-        below = self._below(torch.cat([self._pooled(x, slab) for slab in slabs], dim=2))
+        below = self._below(torch.cat([self._pool(self._skip(x, *slab)) for slab in slabs], dim=2))
         logits = torch.empty(*grid, self.architecture.classes, dtype=self.dtype)
         for start, stop in slabs:
             logits[start:stop] = self._finest(x, below, start, stop)[0].permute(1, 2, 3, 0)
@@ -166,15 +164,15 @@ class FoldedNetwork:
         # Slices near a cut saw zeros in place of their neighbours: only [start, stop) is right.
         return part[:, :, start - low : stop - low]
 
-    def _pooled(self, x: Tensor, slab: tuple[int, int]) -> Tensor:
-        return functional.max_pool3d(self._skip(x, *slab), 2)
+    def _pool(self, x: Tensor) -> Tensor:
+        return functional.max_pool3d(x, 2)
 
     def _below(self, x: Tensor) -> Tensor:
         """All levels but the finest: pooled finest features in, level 1's features out."""
         skips = []
         for level in range(1, len(self._encoder)):
             if level > 1:
-                x = functional.max_pool3d(x, 2)
+                x = self._pool(x)
             for conv in self._encoder[level]:
                 x = conv(x)
             skips.append(x)
@@ -191,19 +189,27 @@ class FoldedNetwork:
         low, high = max(0, start - reach), min(depth, stop + reach)
         skip_low, skip_high = max(0, low - 1), min(depth, high + 1)
         skip = self._skip(x, skip_low, skip_high)
+        part = self._merged_slices(skip, below, (skip_low, skip_high), (low, high))
+        for conv in self._decoder[0]:
+            part = conv(part)
+        return self._logits(part[:, :, start - low : stop - low])
+
+    def _merged_slices(
+        self, skip: Tensor, below: Tensor, held: tuple[int, int], wanted: tuple[int, int]
+    ) -> Tensor:
+        """The finest merge on the slices ``wanted``; ``skip`` holds the slices ``held``."""
+        low, high = wanted
         # Output slice r of the transposed convolution reads coarse slices (r-1)//2 to (r+1)//2.
         coarse_low, coarse_high = max(0, (low - 1) // 2), min(below.shape[2], high // 2 + 1)
         merge = self._merges[0]
         part = merge.coarse(below[:, :, coarse_low:coarse_high])
         part = part[:, :, low - 2 * coarse_low : high - 2 * coarse_low]
-        of_skip = merge.skip(skip)[:, :, low - skip_low : high - skip_low]
-        part = functional.relu_(part + of_skip)
-        for conv in self._decoder[0]:
-            part = conv(part)
-        part = part[:, :, start - low : stop - low]
+        return functional.relu_(part + merge.skip(skip)[:, :, low - held[0] : high - held[0]])
+
+    def _logits(self, features: Tensor) -> Tensor:
         (first, first_bias), (second, second_bias) = self._head
-        part = functional.relu_(functional.conv3d(part, first, first_bias))
-        return functional.conv3d(part, second, second_bias)
+        hidden = functional.relu_(functional.conv3d(features, first, first_bias))
+        return functional.conv3d(hidden, second, second_bias)
 
 
 def fold_norm(block: ConvBlock) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,23 @@
 """Where the network runs and in which number format: measured, never guessed.
 
 Two machines with the same ``avx512_bf16`` flag differ by a factor of three in what bf16 is
-worth, so ``auto`` times both formats for a fraction of a second and takes the faster.
+worth, so ``auto`` times the formats for a fraction of a second and takes the fastest.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from flare_clef.errors import UserError
+from flare_clef.integer_convolution import FULL, IntegerConvolution, highest_activation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"
 
 _HOPELESS = 3.0
 """So many times slower on a small trial, bf16 cannot win on a large one."""
@@ -41,30 +45,49 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
     return torch.device("cuda", index), f"asked for: {torch.cuda.get_device_name(index)}"
 
 
-def choose_precision(wanted: str, device: torch.device, threads: int) -> tuple[str, str]:
-    """``fp32``, ``bf16`` or ``fp16``, and why. ``auto`` on a CPU times fp32 and bf16.
+def choose_precision(
+    wanted: str, device: torch.device, threads: int, *, calibrated: bool = False
+) -> tuple[str, str]:
+    """``fp32``, ``bf16``, ``fp16`` or ``int8``, and why. ``auto`` on a CPU times them.
 
-    Raises UserError for an unknown name and for fp16 on a CPU.
+    ``calibrated``: the weights hold the ranges of activations that ``int8`` is best with;
+    ``auto`` leaves it out without them, and where the processor only adds up 7-bit numbers.
+    Raises UserError for an unknown name and for a format that the device doesn't have.
     """
     if wanted != "auto":
-        if wanted not in PRECISIONS:
-            raise UserError(f"--precision {wanted}: expected auto, fp32, bf16 or fp16")
+        if wanted not in (*PRECISIONS, INT8):
+            raise UserError(f"--precision {wanted}: expected auto, fp32, bf16, fp16 or int8")
         if wanted == "fp16" and device.type == "cpu":
             raise UserError("--precision fp16: for GPUs only; use bf16, fp32 or auto on a CPU")
+        if wanted == INT8:
+            return wanted, _why_int8(device, calibrated=calibrated)
         if wanted == "bf16" and device.type == "cpu" and bf16_is_emulated():
             return wanted, "asked for; this processor emulates it: expect hours, take fp32 or auto"
         return wanted, "asked for"
     if device.type == "cuda":
         return "fp16", "the GPU's fast format"
+    bits = highest_activation() if calibrated else None
     # Without the instructions bf16 is emulated, hundreds of times slower the larger the cube:
     # small ones tell before a large one takes longer than the whole scan.
     for side in (8, 16, 32):
-        seconds = _trial_seconds(side)
+        seconds = _trial_seconds(side, int8=bits == FULL)
         if seconds["bf16"] > _HOPELESS * seconds["fp32"]:
+            if bits == FULL and side < 32:
+                seconds.update(_trial_seconds(32, int8=True, bf16=False))
             break
     chosen = min(seconds, key=seconds.__getitem__)
     times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
     return chosen, f"faster here: {times} for a trial with {threads} thread(s)"
+
+
+def _why_int8(device: torch.device, *, calibrated: bool) -> str:
+    if device.type != "cpu":
+        raise UserError("--precision int8: for CPUs only; use fp16, bf16 or fp32 on a GPU")
+    highest = highest_activation()
+    if highest is None:
+        raise UserError("--precision int8: this torch has no 8-bit convolutions; use auto")
+    bits = "" if highest == FULL else "; 7-bit activations, as this processor lacks VNNI"
+    return "asked for" + bits + ("" if calibrated else "; ranges by the norms, not calibrated")
 
 
 def bf16_is_emulated() -> bool:
@@ -73,23 +96,36 @@ def bf16_is_emulated() -> bool:
     return seconds["bf16"] > _HOPELESS * seconds["fp32"]
 
 
-def _trial_seconds(side: int) -> dict[str, float]:
-    """Best time of fp32 and bf16 for what the network mostly does, on a cube of ``side``.
+def _trial_seconds(side: int, *, int8: bool = False, bf16: bool = True) -> dict[str, float]:
+    """Best time of each format for what the network mostly does, on a cube of ``side``.
 
-    The formats take turns, so that a machine busy with something else slows both alike.
+    The formats take turns, so that a machine busy with something else slows all alike.
     """
-    cases = {}
-    for name in ("fp32", "bf16"):
+    actions: dict[str, Callable[[], object]] = {}
+    for name in ("fp32", "bf16") if bf16 else ("fp32",):
         x = torch.zeros(1, 32, side, side, side, dtype=PRECISIONS[name])
         weight = torch.zeros(32, 32, 3, 3, 3, dtype=PRECISIONS[name])
-        cases[name] = [t.to(memory_format=torch.channels_last_3d) for t in (x, weight)]
-    best = dict.fromkeys(cases, float("inf"))
+        x, weight = (t.to(memory_format=torch.channels_last_3d) for t in (x, weight))
+        actions[name] = partial(_convolved, x, weight)
+    if int8:
+        bytes_ = torch.zeros(1, 32, side, side, side, dtype=torch.uint8)
+        convolution = IntegerConvolution.of(
+            torch.ones(32, 32, 3, 3, 3), torch.zeros(32), [(32, 1.0)], 1.0, FULL
+        )
+        actions[INT8] = partial(
+            convolution, bytes_.contiguous(memory_format=torch.channels_last_3d)
+        )
+    best = dict.fromkeys(actions, float("inf"))
     with torch.inference_mode():
         # The first round is for the engine to choose its kernels; it doesn't count.
         for turn in range(4):
-            for name, (x, weight) in cases.items():
+            for name, action in actions.items():
                 began = time.perf_counter()
-                functional.relu_(functional.conv3d(x, weight, padding=1))
+                action()
                 if turn:
                     best[name] = min(best[name], time.perf_counter() - began)
     return best
+
+
+def _convolved(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.relu_(functional.conv3d(x, weight, padding=1))

@@ -24,9 +24,10 @@ from flare_clef.images import (
     read_image,
 )
 from flare_clef.inference import FoldedNetwork
+from flare_clef.integer_convolution import REDUCED, highest_activation
 from flare_clef.limits import available_memory_bytes, keep_memory, usable_cores
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
-from flare_clef.precision import choose_device, choose_precision
+from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
 from flare_clef.restoration import mean_confidence, restore
 from flare_clef.weights import load_weights
@@ -61,7 +62,8 @@ class Segmenter:
     """Holds the network once; segments any number of scans, from any number of threads.
 
     ``weights``: a safetensors file, by default the shipped one. ``device``: ``auto``, ``cpu``,
-    ``cuda`` or ``cuda:N``. ``precision``: ``auto``, ``fp32``, ``bf16`` or ``fp16`` (GPU).
+    ``cuda`` or ``cuda:N``. ``precision``: ``auto``, ``fp32``, ``bf16``, ``int8`` (CPU) or
+    ``fp16`` (GPU).
     ``threads``: CPU threads, by default the cores that this process may use.
     ``memory_limit_bytes``: on the CPU the RAM above the loaded program, on a GPU device
     memory; by default what is free (CPU) or the challenge's 2048 MB in total (GPU).
@@ -84,10 +86,22 @@ class Segmenter:
         self.weights = load_weights(Path(weights) if weights is not None else None)
         self.device, self.device_reason = choose_device(device)
         self.precision, self.precision_reason = choose_precision(
-            precision, self.device, self.threads
+            precision,
+            self.device,
+            self.threads,
+            calibrated=self.weights.activation_ranges is not None,
         )
         self.grid = self.weights.grid
-        self._network = FoldedNetwork(self.weights.network(), self.device, self.precision)
+        self._network = self._made_ready()
+
+    def _made_ready(self) -> FoldedNetwork:
+        network = self.weights.network()
+        if self.precision != INT8:
+            return FoldedNetwork(network, self.device, self.precision)
+        from flare_clef.quantised import QuantisedNetwork, ranges_from_norms
+
+        ranges = self.weights.activation_ranges or ranges_from_norms(network)
+        return QuantisedNetwork(network, ranges, highest_activation() or REDUCED)
 
     @overload
     def predict(

@@ -2,7 +2,8 @@
 
 The file's metadata are strings: ``format`` and ``format_version``, ``architecture``,
 ``organs``, ``window_hu`` and ``grid`` (all JSON), ``record`` (JSON: how the weights were
-made, and what they reached) and ``licence``. Convolutions are in half precision,
+made, and what they reached), ``licence`` and, where they were calibrated for 8-bit inference,
+``activation_ranges`` (JSON). Convolutions are in half precision,
 normalisation in single. Never a pickle: loading runs no code.
 """
 
@@ -43,6 +44,9 @@ class Weights:
     """How the weights were made: recipe, data, steps, hours, validation table."""
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
+    activation_ranges: dict[str, float] | None = field(default=None, repr=False)
+    """As :data:`flare_clef.quantised.Ranges`; None: not calibrated."""
+
     def network(self) -> SegmentationNetwork:
         """The network with these weights, float32, in evaluation mode."""
         with torch.device("meta"):
@@ -75,6 +79,7 @@ def save_weights(
     grid: int = GRID,
     record: dict[str, Any] | None = None,
     licence: str = "",
+    activation_ranges: dict[str, float] | None = None,
 ) -> None:
     """Writes ``network`` to ``path``, atomically."""
     tensors = {}
@@ -94,6 +99,8 @@ def save_weights(
         "record": json.dumps(record or {}),
         "licence": licence,
     }
+    if activation_ranges is not None:
+        metadata["activation_ranges"] = json.dumps(activation_ranges)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -141,6 +148,7 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tens
         window_hu = tuple(json.loads(metadata["window_hu"]))
         grid = int(metadata["grid"])
         record = json.loads(metadata["record"])
+        ranges = _ranges(metadata, architecture)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its metadata cannot be used ({error!r})") from None
     if organs != [organ.name for organ in ORGANS] or architecture.classes != len(ORGANS):
@@ -173,7 +181,24 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tens
             )
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: tensor {name} holds values that are not finite")
-    return Weights(path, architecture, grid, metadata.get("licence", ""), record, tensors)
+    return Weights(path, architecture, grid, metadata.get("licence", ""), record, tensors, ranges)
+
+
+def _ranges(metadata: dict[str, str], architecture: Architecture) -> dict[str, float] | None:
+    if "activation_ranges" not in metadata:
+        return None
+    stated = json.loads(metadata["activation_ranges"])
+    names = {
+        f"{side}.{level}.{conv}"
+        for side, convs in (
+            ("encoder", architecture.encoder_convs), ("decoder", architecture.decoder_convs)
+        )
+        for level, count in enumerate(convs)
+        for conv in range(count)
+    }  # fmt: skip
+    if set(stated) != names or not all(0 < float(v) < float("inf") for v in stated.values()):
+        raise ValueError("activation_ranges must hold one positive number per convolution")
+    return {name: float(value) for name, value in stated.items()}
 
 
 def _architecture(stated: dict[str, Any]) -> Architecture:

@@ -13,6 +13,7 @@ from conftest import TINY, lively_network
 from flare_clef import inference
 from flare_clef.errors import UserError
 from flare_clef.inference import FoldedNetwork
+from flare_clef.integer_convolution import FULL, REDUCED
 from flare_clef.network import Architecture
 from flare_clef.precision import choose_device, choose_precision
 
@@ -77,12 +78,12 @@ def test_an_impossible_limit_names_the_least_figure():
 @pytest.mark.parametrize("slices", [32, 2])
 def test_the_peak_stays_under_the_plan(slices):
     measured, planned = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(slices)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, str(slices)], capture_output=True, text=True, check=True
     ).stdout.split()
     assert 0.4 * int(planned) < int(measured) <= int(planned)
 
 
-_PEAK = """
+PEAK = """
 import ctypes
 import sys
 import torch
@@ -134,9 +135,9 @@ def test_precisions(monkeypatch):
     times = {side: {"fp32": 0.003, "bf16": 0.007} for side in (8, 16, 32)}
     sides = []
 
-    def trial(side):
+    def trial(side, *, int8=False, bf16=True):
         sides.append(side)
-        return times[side]
+        return {name: s for name, s in times[side].items() if name != "int8" or int8}
 
     monkeypatch.setattr("flare_clef.precision._trial_seconds", trial)
     assert choose_precision("auto", CPU, 1)[0] == "fp32"
@@ -148,7 +149,21 @@ def test_precisions(monkeypatch):
     assert choose_precision("auto", CPU, 1)[0] == "fp32"
     assert sides[6:] == [8]
     assert choose_precision("fp32", CPU, 1) == ("fp32", "asked for")
+    # int8 competes where the weights are calibrated and all 8 bits count.
+    for seconds in times.values():
+        seconds["int8"] = 0.0001
+    for bits, calibrated, wanted in ((FULL, True, "int8"), (REDUCED, True, "fp32"),
+                                     (None, True, "fp32"), (FULL, False, "fp32")):  # fmt: skip
+        monkeypatch.setattr("flare_clef.precision.highest_activation", lambda bits=bits: bits)
+        assert choose_precision("auto", CPU, 1, calibrated=calibrated)[0] == wanted
+    with pytest.raises(UserError, match="no 8-bit convolutions"):
+        monkeypatch.setattr("flare_clef.precision.highest_activation", lambda: None)
+        choose_precision("int8", CPU, 1)
+    monkeypatch.setattr("flare_clef.precision.highest_activation", lambda: REDUCED)
+    assert "7-bit" in choose_precision("int8", CPU, 1)[1]
+    with pytest.raises(UserError, match="for CPUs only"):
+        choose_precision("int8", torch.device("cuda"), 1)
     with pytest.raises(UserError, match="for GPUs only"):
         choose_precision("fp16", CPU, 1)
-    with pytest.raises(UserError, match="expected auto"):
+    with pytest.raises(UserError, match="expected auto, fp32, bf16, fp16 or int8"):
         choose_precision("int4", CPU, 1)

@@ -51,6 +51,12 @@ def test_round_trip_is_exact_in_half_precision(tmp_path: Path):
     assert not loaded.network().training
 
 
+@pytest.mark.parametrize("stated", ["[]", '{"encoder.0.0": 1}', '{"a": -1}', "{"])
+def test_ranges_that_do_not_fit_are_refused(tmp_path: Path, tiny_weights: Path, stated: str):
+    path = _rewrite(tiny_weights, tmp_path / "w.safetensors", {"activation_ranges": stated})
+    assert "metadata cannot be used" in _refused(path)
+
+
 def test_a_loaded_network_computes_what_the_saved_one_did(tmp_path: Path):
     network = lively_network()
     save_weights(tmp_path / "w.safetensors", network, grid=32)

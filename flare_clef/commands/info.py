@@ -64,7 +64,8 @@ def _installation(path: Path | None, device: str, precision: str) -> dict[str, A
     cores = usable_cores()
     torch.set_num_threads(cores)
     chosen, why_device = choose_device(device)
-    number_format, why_format = choose_precision(precision, chosen, cores)
+    calibrated = weights.activation_ranges is not None
+    number_format, why_format = choose_precision(precision, chosen, cores, calibrated=calibrated)
     parameters = parameter_count(weights.network())
     return {
         "flare-clef": __version__,
@@ -78,6 +79,7 @@ def _installation(path: Path | None, device: str, precision: str) -> dict[str, A
         "organs": [f"{organ.index} {organ.name}" for organ in ORGANS],
         "weights": {
             "file": str(weights.path),
+            "int8": "calibrated" if calibrated else "not calibrated: auto leaves it out",
             "sha256": checksum(weights.path),
             "parameters": f"{parameters:,} ({parameters / 1e6:.1f} M)",
             "grid": f"{weights.grid} x {weights.grid} x {weights.grid}",

@@ -18,7 +18,7 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|fp32|bf16|fp16",
+        metavar="auto|fp32|bf16|fp16|int8",
         rich_help_panel=MACHINE,
         help="Number format of the network; auto times what this machine does fastest.",
     ),

@@ -15,6 +15,8 @@ from flare_clef.commands.train_propagate import propagate
 if TYPE_CHECKING:
     from flare_clef.training.pipeline import Run
 
+CALIBRATION_VOLUMES = 6
+
 
 class _RecipeFirst(TyperGroup):
     """``train RECIPE.toml`` is short for ``train run RECIPE.toml``."""
@@ -145,10 +147,20 @@ def export(
     set_: Overrides = None,
     threads: Threads = None,
     precision: Precision = "auto",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help=f"Find the ranges for 8-bit inference on {CALIBRATION_VOLUMES} training volumes.",
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the weights file of RUN's last checkpoint, after predict agreed with validation."""
     from flare_clef.training import pipeline
+
+    if calibrate and not any("calibration_volumes" in text for text in set_ or ()):
+        set_ = [*(set_ or ()), f"export.calibration_volumes={CALIBRATION_VOLUMES}"]
 
     _train(
         pipeline.export_run, recipe_path, output, data, set_, threads, precision, "cpu", quiet
@@ -190,8 +202,8 @@ def _train(
     place = join_processes(choose_device(device)[0])
     # On GPUs bf16: fp16 has too few exponents for gradients.
     wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
-    if wanted == "fp16":
-        raise UserError("--precision fp16: training knows auto, fp32 and bf16")
+    if wanted in ("fp16", "int8"):
+        raise UserError(f"--precision {wanted}: training knows auto, fp32 and bf16")
     # Timings differ from process to process: the first one's hold.
     chosen, why = from_first(choose_precision(wanted, place, cores))
 

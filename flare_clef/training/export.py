@@ -29,6 +29,7 @@ def export(
     precision: str,
     steps: int,
     hours: float,
+    activation_ranges: dict[str, float] | None = None,
 ) -> None:
     """Writes ``network`` with the record of how it was made and what it reached.
 
@@ -57,6 +58,7 @@ def export(
             grid=recipe["finetune"]["stages"][-1]["grid"],
             record=record,
             licence=recipe["export"]["licence"],
+            activation_ranges=activation_ranges,
         )
         if kept_aside and table:
             check_prediction(candidate, kept_aside[0], table, precision)

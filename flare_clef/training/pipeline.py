@@ -19,6 +19,7 @@ from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork, UNet
 from flare_clef.training import provenance
 from flare_clef.training.backbone import BACKBONE, load_start, save_backbone
+from flare_clef.training.calibration import calibrate_on
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.curves import write_curves
 from flare_clef.training.datasets import read_datasets
@@ -237,11 +238,18 @@ def _export(
         trainer.log("validation.jsonl", {"step": trainer.step, "dice": table})
         run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
         run.draw(lambda: write_curves(run.folder))
+    ranges = None
+    if count := min(run.recipe.export.calibration_volumes, len(trained)):
+        run.say(f"calibrating 8-bit inference on {count} training volume(s)")
+        # Spread over the cases, whose names often follow their sources.
+        chosen = [trained[round(i * (len(trained) - 1) / max(1, count - 1))] for i in range(count)]
+        ranges = calibrate_on(network, run.prepare(chosen), grid)
     export(
         path,
         network,
         description,
         table,
+        activation_ranges=ranges,
         trained_on=trained,
         kept_aside=aside,
         precision=run.precision,

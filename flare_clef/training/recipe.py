@@ -65,6 +65,8 @@ class ExportSettings:
 
     licence: str = "Not stated."
     notes: str = ""
+    calibration_volumes: int = 0
+    """Training volumes that tell the ranges of activations for 8-bit inference; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def _problem(recipe: Recipe) -> str | None:
         ("data.phantoms", data.phantoms, data.phantoms >= 0, "0 or more"),
         ("data.folds", data.folds, data.folds == 0 or data.folds >= 2, "0 or 2 and more"),
         ("data.fold", data.fold, 0 <= data.fold < max(data.folds, 1), "below data.folds"),
+        ("export.calibration_volumes", recipe.export.calibration_volumes,
+         recipe.export.calibration_volumes >= 0, "0 or more"),
         ("validate_every_steps", recipe.validate_every_steps, recipe.validate_every_steps >= 1,
          "1 or more"),
     ]  # fmt: skip

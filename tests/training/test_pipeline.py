@@ -79,7 +79,13 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     (run / "weights.safetensors").unlink()
     exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run))
     assert exported.exit_code == 0, exported.output
-    assert load_weights(run / "weights.safetensors").record["steps"] == record["steps"]
+    written = load_weights(run / "weights.safetensors")
+    assert written.record["steps"] == record["steps"] and written.activation_ranges is None
+    arguments = ("export", str(folder / "r.toml"), "--output", str(run), "--calibrate")
+    exported = call(folder, *arguments)
+    assert exported.exit_code == 0, exported.output
+    assert "calibrating 8-bit inference on 2 training volume(s)" in exported.output
+    assert load_weights(run / "weights.safetensors").activation_ranges
 
 
 def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypatch):

@@ -1,0 +1,126 @@
+"""Convolutions in 8-bit integers: rounding, packing, running; all of oneDNN's interface is here.
+
+An activation is ``q * scale`` with ``q`` uint8 and zero at 0: it follows a ReLU. A weight is
+``w * scale`` with ``w`` int8 in -127 to 127 and one scale per output channel. Products and sums
+are exact integers (int32), turned into float32 with bias once and rounded to the nearest (ties
+to even), so that neither the order nor slabs can change a result.
+
+The operator is ``torch.ops.onednn.qconv_pointwise``, which torch's own compiler uses; the eager
+quantisation modules are deprecated. It takes plain tensors. Its results are compared with a
+plain integer form in ``tests/test_integer_convolution.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FULL, REDUCED = 255, 127
+"""Highest activation. Processors without VNNI sum pairs of products in 16 bits: 127 * 127 * 2
+fits, 255 * 127 * 2 does not."""
+
+
+@dataclass(frozen=True)
+class IntegerConvolution:
+    """A 3-D convolution of uint8 activations, stride 1, padded with zeros to the same size."""
+
+    packed: Tensor
+    weight_scale: Tensor
+    """(out,) float32."""
+    weight_zero: Tensor
+    """(out,) zeros."""
+    bias: Tensor
+    """(out,) float32, in real units."""
+    side: int
+    input_scale: float
+    output_scale: float | None
+    """None: the output is float32 in real units; else uint8, and what is negative becomes 0."""
+    highest: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor,
+        inputs: Sequence[tuple[int, float]],
+        output_range: float | None,
+        highest: int,
+    ) -> IntegerConvolution:
+        """Rounds ``weight`` (out, in, k, k, k) float32.
+
+        ``inputs``: number of channels and largest real value of each group of them, in order;
+        ``output_range``: the largest real value of the output, None for float32.
+        """
+        scales = [largest / highest for _, largest in inputs]
+        ratios = torch.cat(
+            [
+                torch.full((channels,), scale / scales[0])
+                for (channels, _), scale in zip(inputs, scales, strict=True)
+            ]
+        )
+        # Groups of other ranges share one input scale: what is missing goes to the weights.
+        whole, weight_scale = round_weight(weight * ratios.view(1, -1, 1, 1, 1))
+        side = weight.shape[-1]
+        packed = torch.ops.onednn.qconv_prepack(
+            whole, weight_scale, scales[0], 0, [1] * 3, [side // 2] * 3, [1] * 3, 1, None
+        )
+        return cls(
+            packed,
+            weight_scale,
+            torch.zeros(len(weight), dtype=torch.int32),
+            bias.float().contiguous(),
+            side,
+            scales[0],
+            None if output_range is None else output_range / highest,
+            highest,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(1, in, z, y, x) uint8 in ``channels_last_3d`` to the same shape and layout."""
+        kind = torch.float32 if self.output_scale is None else torch.uint8
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            x, self.input_scale, 0, self.packed, self.weight_scale, self.weight_zero, self.bias,
+            [1] * 3, [self.side // 2] * 3, [1] * 3, 1,
+            self.output_scale or 1.0, 0, kind, "none", [], "",
+        )  # fmt: skip
+        if self.output_scale is not None and self.highest < FULL:
+            out.clamp_(max=self.highest)
+        return out
+
+
+def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights (out, in, k, k, k) and their (out,) scales: the largest of each is 127."""
+    largest = weight.abs().amax((1, 2, 3, 4)).clamp_min(1e-12)
+    scale = largest / 127
+    return torch.round(weight / scale.view(-1, 1, 1, 1, 1)).to(torch.int8), scale
+
+
+def round_activation(x: Tensor, largest: float, highest: int) -> Tensor:
+    """Real values from 0 on as uint8, those above ``largest`` as ``highest``; ``x`` is used up."""
+    return x.mul_(highest / largest).round_().clamp_(0, highest).to(torch.uint8)
+
+
+def highest_activation() -> int | None:
+    """What this processor and torch add up exactly: ``FULL``, ``REDUCED``, or None for neither.
+
+    Found by trying, with the largest numbers there are.
+    """
+    for highest in (FULL, REDUCED):
+        x = torch.full((1, 16, 4, 4, 4), highest, dtype=torch.uint8)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        weight = torch.ones(16, 16, 3, 3, 3)
+        weight[1::2] = -1
+        try:
+            out = IntegerConvolution.of(
+                weight, torch.zeros(16), [(16, float(highest))], None, highest
+            )(x)
+        except (AttributeError, RuntimeError):
+            return None
+        inside = out[0, :, 1:-1, 1:-1, 1:-1]
+        wanted = 16 * 27 * highest * torch.tensor([1.0, -1.0]).repeat(8)
+        if torch.allclose(inside, wanted.view(-1, 1, 1, 1).expand_as(inside), rtol=1e-5):
+            return highest
+    return None

@@ -1,0 +1,174 @@
+"""The forward pass in 8-bit integers: the same slabs and levels, a quarter of the memory.
+
+Weights are rounded when loaded, which takes less than half a second and keeps the file as small
+as it is. The ranges of the activations were found in training
+(:mod:`flare_clef.training.calibration`) and travel in the file, or follow from its norms. The
+first convolution computes in float32 (a scan has more than 256 values), and so does the last
+one, whose small differences decide between organs; all between is whole numbers. Upsampled maps
+are stored here, as bytes they are small, so that skip and upsampled path are summed before
+anything is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flare_clef.inference import HEAP_GAPS, FoldedNetwork, fold_norm
+from flare_clef.integer_convolution import IntegerConvolution, round_activation
+from flare_clef.network import ConvBlock, SegmentationNetwork, blocks, convolve
+
+Ranges = dict[str, float]
+"""Largest activation by name of its block: ``encoder.LEVEL.CONV``, ``decoder.LEVEL.CONV``."""
+
+_DEVIATIONS = 10.0
+"""How far above its mean an activation may lie; calibrated ranges ended at 8 to 14."""
+
+
+def named_blocks(network: SegmentationNetwork) -> dict[str, ConvBlock]:
+    """Every convolution of the backbone by the name that :data:`Ranges` has for it."""
+    backbone = network.backbone
+    return {
+        f"{side}.{level}.{number}": block
+        for side, levels in (("encoder", backbone.encoder), ("decoder", backbone.decoder))
+        for level, stack in enumerate(blocks(levels))
+        for number, block in enumerate(stack)
+    }
+
+
+def ranges_from_norms(network: SegmentationNetwork) -> Ranges:
+    """Ranges without any data: a norm's output has the mean ``bias`` and deviation ``weight``.
+
+    As in Nagel et al. 2019, "Data-free quantization through weight equalization and bias
+    correction", section 4.2.1.
+    """
+    return {
+        name: float((block.norm.bias + _DEVIATIONS * block.norm.weight.abs()).detach().max())
+        for name, block in named_blocks(network).items()
+    }
+
+
+@dataclass(frozen=True)
+class _First:
+    """The scan's own convolution, in float32, its result rounded."""
+
+    weight: Tensor
+    bias: Tensor
+    largest: float
+    highest: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = functional.relu_(convolve(x, self.weight, self.bias))
+        return round_activation(out, self.largest, self.highest)
+
+
+@dataclass(frozen=True)
+class _JoinedMerge:
+    """Doubles the coarse map, joins it to the skip, convolves both at once."""
+
+    convolution: IntegerConvolution
+
+    def __call__(self, skip: Tensor, coarse: Tensor) -> Tensor:
+        return self.on_doubled(skip, doubled(coarse))
+
+    def on_doubled(self, skip: Tensor, upsampled: Tensor) -> Tensor:
+        joined = torch.cat([skip.permute(0, 2, 3, 4, 1), upsampled], dim=-1)
+        return self.convolution(joined.permute(0, 4, 1, 2, 3))
+
+
+class QuantisedNetwork(FoldedNetwork):
+    """A :class:`FoldedNetwork` on the CPU whose activations are bytes, up to ``highest``."""
+
+    def __init__(self, network: SegmentationNetwork, ranges: Ranges, highest: int) -> None:
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.architecture = network.architecture
+        widths = network.architecture.widths
+        backbone = network.backbone
+
+        def conv(
+            block: ConvBlock, inputs: list[tuple[int, float]], name: str
+        ) -> IntegerConvolution:
+            return IntegerConvolution.of(*fold_norm(block), inputs, ranges[name], highest)
+
+        self._encoder: list[list[Callable[[Tensor], Tensor]]] = []  # type: ignore[assignment]
+        before: list[tuple[int, float]] = []
+        last: list[float] = []
+        for level, stack in enumerate(blocks(backbone.encoder)):
+            made: list[Callable[[Tensor], Tensor]] = []
+            for number, block in enumerate(stack):
+                name = f"encoder.{level}.{number}"
+                if before:
+                    made.append(conv(block, before, name))
+                else:
+                    weight, bias = fold_norm(block)
+                    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+                    made.append(_First(weight, bias, ranges[name], highest))
+                before = [(widths[level], ranges[name])]
+            self._encoder.append(made)
+            last.append(before[0][1])
+
+        self._merges: list[_JoinedMerge] = []  # type: ignore[assignment]
+        self._decoder: list[list[IntegerConvolution]] = []  # type: ignore[assignment]
+        coarse = before
+        for level, stack in reversed(list(enumerate(blocks(backbone.decoder)))):
+            inputs = [(widths[level], last[level]), *coarse]
+            made_here = []
+            for number, block in enumerate(stack):
+                name = f"decoder.{level}.{number}"
+                made_here.append(conv(block, inputs, name))
+                inputs = [(widths[level], ranges[name])]
+            coarse = inputs
+            self._merges.insert(0, _JoinedMerge(made_here[0]))
+            self._decoder.insert(0, made_here[1:])
+
+        first, second = (cast(nn.Conv3d, network.head[i]) for i in (0, 2))
+        hidden = IntegerConvolution.of(
+            first.weight.detach(), cast(Tensor, first.bias).detach(), coarse, None, highest
+        )
+        logits = second.weight.detach(), cast(Tensor, second.bias).detach()
+        self._hidden, self._last = hidden, logits
+
+    def _peak_bytes(self, grid: tuple[int, int, int], slab_slices: int) -> int:
+        depth, height, width = grid
+        voxels = depth * height * width
+        fine, coarse, coarser = self.architecture.widths[:3]
+        halo = 2 * (self.architecture.decoder_convs[0] + self.architecture.encoder_convs[0])
+        # Level 1 at its worst: skip, doubled map, both joined, result. The same at the finest
+        # level, where the first convolution's float32 result and its rounding take more.
+        below = 2 * (2 * coarse + coarser) * voxels // 8
+        of_fine = max(2 * (2 * fine + coarse), 9 * fine)
+        slab = of_fine * height * width * min(depth, slab_slices + halo)
+        logits = 4 * self.architecture.classes * voxels
+        held = coarse * voxels // 8
+        return int(HEAP_GAPS * max(below, held + slab + logits))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        for axis in (2, 3, 4):
+            even, odd = (x.unfold(axis, 2, 2).select(-1, i) for i in (0, 1))
+            x = torch.maximum(even, odd)
+        return x
+
+    def _merged_slices(
+        self, skip: Tensor, below: Tensor, held: tuple[int, int], wanted: tuple[int, int]
+    ) -> Tensor:
+        first = held[0] // 2
+        upsampled = doubled(below[:, :, first : (held[1] + 1) // 2])
+        upsampled = upsampled[:, held[0] - 2 * first : held[1] - 2 * first]
+        out = self._merges[0].on_doubled(skip, upsampled)
+        return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return functional.conv3d(functional.relu_(self._hidden(features)), *self._last)
+
+
+def doubled(coarse: Tensor) -> Tensor:
+    """(1, channels, z, y, x) to (1, 2z, 2y, 2x, channels): every voxel eight times."""
+    _, channels, depth, height, width = coarse.shape
+    cells = coarse.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
+    cells = cells.expand(1, depth, 2, height, 2, width, 2, channels)
+    return cells.reshape(1, 2 * depth, 2 * height, 2 * width, channels)

@@ -1,0 +1,146 @@
+"""The 8-bit forward pass: exact in slabs, near float32, inside its memory plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, TINY_GRID, body_hu, lively_network, write_scan
+from test_inference import PEAK
+from torch.nn import functional
+from typer.testing import CliRunner
+
+from flare_clef import inference
+from flare_clef.cli import app
+from flare_clef.images import read_image
+from flare_clef.inference import FoldedNetwork
+from flare_clef.integer_convolution import FULL, REDUCED, highest_activation
+from flare_clef.preparation import prepare
+from flare_clef.quantised import QuantisedNetwork, doubled, named_blocks, ranges_from_norms
+from flare_clef.segmenter import Segmenter
+from flare_clef.training.calibration import BINS, best_range, calibrate
+from flare_clef.weights import load_weights, save_weights
+
+HIGHEST = highest_activation() or REDUCED
+pytestmark = pytest.mark.skipif(
+    highest_activation() is None, reason="this torch has no 8-bit convolution"
+)
+
+
+def body_volume() -> torch.Tensor:
+    prepared = prepare(body_hu(), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), TINY_GRID)
+    assert prepared is not None
+    return prepared[0]
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    network = lively_network()
+    ranges = calibrate(network, [lambda: body_volume()[None, None]])
+    return network, ranges
+
+
+def test_doubled_is_nearest_upsampling():
+    x = torch.randint(0, 255, (1, 5, 2, 3, 4), dtype=torch.uint8)
+    wanted = functional.interpolate(x.float(), scale_factor=2, mode="nearest").byte()
+    assert torch.equal(doubled(x).permute(0, 4, 1, 2, 3), wanted)
+
+
+@pytest.mark.parametrize("slices", [2, 6, 16])
+def test_slabs_equal_the_whole_bit_for_bit(calibrated, monkeypatch, slices: int):
+    quantised = QuantisedNetwork(*calibrated, HIGHEST)
+    volume = torch.rand(48, 32, 40) * 2 - 1
+    monkeypatch.setattr(inference, "SLAB_SLICES", (48,))
+    whole = quantised(volume)
+    monkeypatch.setattr(inference, "SLAB_SLICES", (slices,))
+    assert torch.equal(quantised(volume), whole)
+
+
+@pytest.mark.parametrize("highest", sorted({REDUCED, HIGHEST}))
+def test_logits_are_near_those_of_float32(calibrated, highest: int):
+    network, ranges = calibrated
+    volume = body_volume()
+    exact = FoldedNetwork(network, torch.device("cpu"), "fp32")(volume)
+    found = QuantisedNetwork(network, ranges, highest)(volume)
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    error = (found - exact).abs().mean() / exact.std()
+    assert error < (0.06 if highest < FULL else 0.03)
+    agreeing = (found > 0) == (exact > 0)
+    assert agreeing.float().mean() > 0.9
+
+
+def test_ranges_from_norms_by_hand():
+    network = lively_network()
+    block = named_blocks(network)["encoder.1.0"]
+    with torch.no_grad():
+        block.norm.bias.copy_(torch.linspace(-1, 1, 8))
+        block.norm.weight.fill_(0.5)
+        block.norm.weight[0] = -2
+    ranges = ranges_from_norms(network)
+    assert ranges["encoder.1.0"] == pytest.approx(-1 + 10 * 2)
+    assert sorted(ranges) == sorted(
+        [f"encoder.{level}.{i}" for level, n in enumerate(TINY.encoder_convs) for i in range(n)]
+        + [f"decoder.{level}.{i}" for level, n in enumerate(TINY.decoder_convs) for i in range(n)]
+    )
+
+
+def test_best_range_clips_what_is_rare_and_nothing_else():
+    even = torch.ones(BINS, dtype=torch.float64)
+    assert best_range(even, 8.0) == pytest.approx(8.0)
+    # All values below an eighth of the largest, but one in a million.
+    rare = torch.zeros(BINS, dtype=torch.float64)
+    rare[: BINS // 8] = 1e6
+    rare[-1] = 1
+    assert best_range(rare, 8.0) < 2.0
+    assert best_range(torch.zeros(BINS, dtype=torch.float64), 0.0) > 0
+
+
+def test_calibration_sees_what_the_blocks_give(calibrated):
+    network, ranges = calibrated
+    seen = {}
+    for name, block in named_blocks(network).items():
+        block.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.max()}))
+    with torch.no_grad():
+        network(body_volume()[None, None])
+    assert seen.keys() == ranges.keys()
+    assert all(0.05 * seen[name] < ranges[name] <= seen[name] * 1.001 for name in ranges)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("slices", [32, 2])
+def test_the_peak_stays_under_the_plan(slices: int):
+    made = (
+        "from flare_clef.quantised import QuantisedNetwork, ranges_from_norms\n"
+        f"plain = SegmentationNetwork().eval()\n"
+        f"network = QuantisedNetwork(plain, ranges_from_norms(plain), {HIGHEST})\n"
+    )
+    line = next(line for line in PEAK.splitlines() if line.startswith("network ="))
+    measured, planned = subprocess.run(
+        [sys.executable, "-c", PEAK.replace(line, made), str(slices)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert 0.3 * int(planned) < int(measured) <= int(planned)
+
+
+def test_weights_carry_the_ranges_and_predict_uses_them(calibrated, tmp_path):
+    network, ranges = calibrated
+    with_ranges, without = tmp_path / "with.safetensors", tmp_path / "without.safetensors"
+    save_weights(with_ranges, network, grid=TINY_GRID, activation_ranges=ranges)
+    save_weights(without, network, grid=TINY_GRID)
+    assert load_weights(with_ranges).activation_ranges == ranges
+    assert load_weights(without).activation_ranges is None
+    assert "calibrated" not in Segmenter(with_ranges, precision="int8").precision_reason
+    assert "not calibrated" in Segmenter(without, precision="int8").precision_reason
+
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    arguments = ["predict", str(scan), str(tmp_path / "labels.nii.gz")]
+    options = ["--weights", str(with_ranges), "--precision", "int8"]
+    ran = CliRunner().invoke(app, [*arguments, *options])
+    assert ran.exit_code == 0, ran.output
+    exact = Segmenter(with_ranges, precision="fp32").segment(read_image(scan)).labels
+    found = read_image(tmp_path / "labels.nii.gz").array
+    assert (found == exact).mean() > 0.9 and exact.any()
