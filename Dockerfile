@@ -19,7 +19,9 @@ RUN python3 -m venv --without-pip /opt/flare-clef \
 # --- the package and its weights, each a layer of its own -----------------------------------
 FROM requirements AS package
 COPY . /build/source
-RUN python3 -m pip wheel --no-deps -w /build/wheel /build/source \
+# Without build isolation: with the setuptools of requirements.txt, not with today's.
+RUN python3 -m pip --python /opt/flare-clef/bin/python wheel --no-build-isolation \
+      --no-deps -w /build/wheel /build/source \
  && python3 -m pip --python /opt/flare-clef/bin/python install --no-deps --no-compile \
       --root /package /build/wheel/*.whl \
  && sh /build/slim.sh /package/opt/flare-clef \

@@ -2,7 +2,8 @@
 # docker/slim.sh ENVIRONMENT
 #
 # Takes out of a virtual environment what running never needs (tests, headers, type stubs,
-# C++ programs of torch), then compiles what is left: the image's user cannot write bytecode.
+# C++ programs of torch, compilers of its CUDA build), then compiles what is left: the image's
+# user cannot write bytecode.
 # unchecked-hash: no time stamps, so that the same sources give the same files.
 set -eu
 site=$(echo "$1"/lib/python3*/site-packages)
@@ -16,5 +17,8 @@ if [ -d "$site/torch" ]; then
   # torch refuses to be imported without torch_shm_manager.
   find "$site/torch/bin" -type f -not -name torch_shm_manager -delete
 fi
+# The CUDA build's: torch.compile's compiler, a solver for several GPUs, and a second build of the
+# run-time compiler. torch imports without them, and no other library of it names them.
+rm -rf "$site/triton" "$site"/nvidia/*/lib/libcusolverMg.so* "$site"/nvidia/*/lib/libnvrtc*.alt.so*
 python3 -m compileall -qq -j 2 \
   --invalidation-mode unchecked-hash "$site" || true  # torch brings templates that are not valid Python
