@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from flare_clef.inference import FoldedNetwork
+from flare_clef.integer_convolution import highest_activation
 from flare_clef.limits import keep_memory, usable_cores
 from flare_clef.network import SegmentationNetwork
 from flare_clef.precision import PRECISIONS, bf16_is_emulated
+from flare_clef.quantised import QuantisedNetwork, ranges_from_norms
 from flare_clef.weights import load_weights
 
 
@@ -87,6 +89,10 @@ def main() -> None:
             continue
         folded = FoldedNetwork(network, torch.device("cpu"), name)
         actions[f"folded, slabs, {name}"] = lambda folded=folded: folded(volume)
+    highest = highest_activation()
+    if highest is not None:
+        quantised = QuantisedNetwork(network, ranges_from_norms(network), highest)
+        actions["8 bits, slabs, int8"] = lambda: quantised(volume)
     # They take turns, so that a machine busy with something else slows all of them.
     best = dict.fromkeys(actions, float("inf"))
     rates = {"fp32": 0.0, "bf16": 0.0}
@@ -95,14 +101,16 @@ def main() -> None:
             for name, action in actions.items():
                 best[name] = min(best[name], best_of(action, 1))
                 kind = name[-4:]
-                rates[kind] = max(rates[kind], matmul_rate(PRECISIONS[kind]))
+                if kind in rates:
+                    rates[kind] = max(rates[kind], matmul_rate(PRECISIONS[kind]))
     plain = best["plain torch.nn, fp32"]
     for name, seconds in best.items():
         rate = operations(network, grid) / seconds
-        print(
-            f"{name:<22}{seconds:6.2f} s  {seconds / plain:.2f} x plain, {rate / 1e9:.0f} GFLOP/s, "
-            f"{rate / rates[name[-4:]]:.0%} of the matrix-multiplication rate"
-        )
+        line = f"{name:<22}{seconds:6.2f} s  {seconds / plain:.2f} x plain"
+        if name[-4:] in rates:
+            line += f", {rate / 1e9:.0f} GFLOP/s, "
+            line += f"{rate / rates[name[-4:]]:.0%} of the matrix-multiplication rate"
+        print(line)
 
 
 if __name__ == "__main__":
