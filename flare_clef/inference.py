@@ -148,11 +148,19 @@ class FoldedNetwork:
         slices = self.plan(grid, memory_limit_bytes).slab_slices
         slabs = [(a, min(a + slices, grid[0])) for a in range(0, grid[0], slices)]
         x = volume.to(self.device, self.dtype)[None, None]
-        below = self._below(torch.cat([self._pool(self._skip(x, *slab)) for slab in slabs], dim=2))
+        source, pooled = self._first_pass(x, slabs)
+        below = self._below(pooled)
         logits = torch.empty(*grid, self.architecture.classes, dtype=self.dtype)
         for start, stop in slabs:
-            logits[start:stop] = self._finest(x, below, start, stop)[0].permute(1, 2, 3, 0)
+            logits[start:stop] = self._finest(source, below, start, stop)[0].permute(1, 2, 3, 0)
         return logits.permute(3, 0, 1, 2)
+
+    def _first_pass(self, x: Tensor, slabs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """What :meth:`_skip_slices` takes the skip from, and the pooled skip."""
+        return x, torch.cat([self._pool(self._skip(x, *slab)) for slab in slabs], dim=2)
+
+    def _skip_slices(self, source: Tensor, start: int, stop: int) -> Tensor:
+        return self._skip(source, start, stop)
 
     def _skip(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Slices [start, stop) of the finest encoder level."""
@@ -183,12 +191,12 @@ class FoldedNetwork:
                 x = conv(x)
         return x
 
-    def _finest(self, x: Tensor, below: Tensor, start: int, stop: int) -> Tensor:
+    def _finest(self, source: Tensor, below: Tensor, start: int, stop: int) -> Tensor:
         """Logits of slices [start, stop)."""
-        depth, reach = x.shape[2], len(self._decoder[0])
+        depth, reach = source.shape[2], len(self._decoder[0])
         low, high = max(0, start - reach), min(depth, stop + reach)
         skip_low, skip_high = max(0, low - 1), min(depth, high + 1)
-        skip = self._skip(x, skip_low, skip_high)
+        skip = self._skip_slices(source, skip_low, skip_high)
         part = self._merged_slices(skip, below, (skip_low, skip_high), (low, high))
         for conv in self._decoder[0]:
             part = conv(part)

@@ -144,8 +144,18 @@ class QuantisedNetwork(FoldedNetwork):
         of_fine = max(2 * (2 * fine + coarse), 9 * fine)
         slab = of_fine * height * width * min(depth, slab_slices + halo)
         logits = 4 * self.architecture.classes * voxels
-        held = coarse * voxels // 8
+        held = coarse * voxels // 8 + fine * voxels
+        below += 2 * fine * voxels
         return int(HEAP_GAPS * max(below, held + slab + logits))
+
+    def _first_pass(self, x: Tensor, slabs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        # In bytes the skip is small enough to be kept.
+        parts = [self._skip(x, *slab).permute(0, 2, 3, 4, 1) for slab in slabs]
+        skip = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
+        return skip, self._pool(skip)
+
+    def _skip_slices(self, source: Tensor, start: int, stop: int) -> Tensor:
+        return source[:, :, start:stop]
 
     def _pool(self, x: Tensor) -> Tensor:
         for axis in (2, 3, 4):
