@@ -69,16 +69,12 @@ class _First:
 
 @dataclass(frozen=True)
 class _JoinedMerge:
-    """Doubles the coarse map, joins it to the skip, convolves both at once."""
+    """Doubles the coarse map, joins it to the skip (:func:`joined`), convolves both at once."""
 
     convolution: IntegerConvolution
 
-    def __call__(self, skip: Tensor, coarse: Tensor) -> Tensor:
-        return self.on_doubled(skip, doubled(coarse))
-
-    def on_doubled(self, skip: Tensor, upsampled: Tensor) -> Tensor:
-        joined = torch.cat([skip.permute(0, 2, 3, 4, 1), upsampled], dim=-1)
-        return self.convolution(joined.permute(0, 4, 1, 2, 3))
+    def __call__(self, skip: Tensor, coarse: Tensor, first: int = 0) -> Tensor:
+        return self.convolution(joined(skip, coarse, first))
 
 
 class QuantisedNetwork(FoldedNetwork):
@@ -167,18 +163,26 @@ class QuantisedNetwork(FoldedNetwork):
         self, skip: Tensor, below: Tensor, held: tuple[int, int], wanted: tuple[int, int]
     ) -> Tensor:
         first = held[0] // 2
-        upsampled = doubled(below[:, :, first : (held[1] + 1) // 2])
-        upsampled = upsampled[:, held[0] - 2 * first : held[1] - 2 * first]
-        out = self._merges[0].on_doubled(skip, upsampled)
+        coarse = below[:, :, first : (held[1] + 1) // 2]
+        out = self._merges[0](skip, coarse, held[0] - 2 * first)
         return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
 
     def _logits(self, features: Tensor) -> Tensor:
         return functional.conv3d(functional.relu_(self._hidden(features)), *self._last)
 
 
-def doubled(coarse: Tensor) -> Tensor:
-    """(1, channels, z, y, x) to (1, 2z, 2y, 2x, channels): every voxel eight times."""
+def joined(skip: Tensor, coarse: Tensor, first: int) -> Tensor:
+    """Channels of ``skip``, then of ``coarse`` with every voxel doubled along z, y and x.
+
+    ``skip`` begins ``first`` slices after the doubled map. Written once, in place: a map that
+    is doubled, cut and joined in turn moves through memory three times.
+    """
     _, channels, depth, height, width = coarse.shape
+    own = skip.shape[1]
+    out = torch.empty((1, 2 * depth, 2 * height, 2 * width, own + channels), dtype=skip.dtype)
     cells = coarse.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
-    cells = cells.expand(1, depth, 2, height, 2, width, 2, channels)
-    return cells.reshape(1, 2 * depth, 2 * height, 2 * width, channels)
+    pairs = out.view(1, depth, 2, height, 2, width, 2, own + channels)
+    pairs[..., own:] = cells
+    part = out[:, first : first + skip.shape[2]]
+    part[..., :own] = skip.permute(0, 2, 3, 4, 1)
+    return part.permute(0, 4, 1, 2, 3)

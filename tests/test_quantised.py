@@ -18,7 +18,7 @@ from flare_clef.images import read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED, highest_activation
 from flare_clef.preparation import prepare
-from flare_clef.quantised import QuantisedNetwork, doubled, named_blocks, ranges_from_norms
+from flare_clef.quantised import QuantisedNetwork, joined, named_blocks, ranges_from_norms
 from flare_clef.segmenter import Segmenter
 from flare_clef.training.calibration import BINS, best_range, calibrate
 from flare_clef.weights import load_weights, save_weights
@@ -42,10 +42,14 @@ def calibrated():
     return network, ranges
 
 
-def test_doubled_is_nearest_upsampling():
-    x = torch.randint(0, 255, (1, 5, 2, 3, 4), dtype=torch.uint8)
-    wanted = functional.interpolate(x.float(), scale_factor=2, mode="nearest").byte()
-    assert torch.equal(doubled(x).permute(0, 4, 1, 2, 3), wanted)
+@pytest.mark.parametrize(("first", "slices"), [(0, 4), (1, 2), (1, 3), (0, 3)])
+def test_joined_is_nearest_upsampling_and_concatenation(first: int, slices: int):
+    coarse = torch.randint(0, 255, (1, 5, 2, 3, 4), dtype=torch.uint8)
+    skip = torch.randint(0, 255, (1, 2, slices, 6, 8), dtype=torch.uint8)
+    doubled = functional.interpolate(coarse.float(), scale_factor=2, mode="nearest").byte()
+    found = joined(skip, coarse, first)
+    assert torch.equal(found, torch.cat([skip, doubled[:, :, first : first + slices]], dim=1))
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("slices", [2, 6, 16])
