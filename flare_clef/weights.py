@@ -105,6 +105,10 @@ def save_weights(
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata)
+        # save_file leaves a file that only its owner can read, whatever the umask.
+        umask = os.umask(0o077)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
