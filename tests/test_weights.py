@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_round_trip_is_exact_in_half_precision(tmp_path: Path):
         expected = tensor if ".norm." in name else tensor.half().float()
         assert torch.equal(again[name], expected), name
     assert not loaded.network().training
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "w.safetensors", lively_network(), grid=32)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("stated", ["[]", '{"encoder.0.0": 1}', '{"a": -1}', "{"])
