@@ -22,6 +22,10 @@ FULL, REDUCED = 255, 127
 """Highest activation. Processors without VNNI sum pairs of products in 16 bits: 127 * 127 * 2
 fits, 255 * 127 * 2 does not."""
 
+CHANNELS = 16
+"""Blocks of channels that are used here. With others (1, 4, 7, 13, …) a process that ran many of
+these convolutions ended with a damaged heap."""
+
 
 @dataclass(frozen=True)
 class IntegerConvolution:
@@ -52,8 +56,11 @@ class IntegerConvolution:
         """Rounds ``weight`` (out, in, k, k, k) float32.
 
         ``inputs``: number of channels and largest real value of each group of them, in order;
-        ``output_range``: the largest real value of the output, None for float32.
+        ``output_range``: the largest real value of the output, None for float32. Channels must
+        be multiples of :data:`CHANNELS`.
         """
+        if any(count % CHANNELS for count in (len(weight), *(count for count, _ in inputs))):
+            raise ValueError(f"8-bit convolutions take multiples of {CHANNELS} channels")
         scales = [largest / highest for _, largest in inputs]
         ratios = torch.cat(
             [

@@ -24,7 +24,7 @@ from flare_clef.images import (
     read_image,
 )
 from flare_clef.inference import FoldedNetwork
-from flare_clef.integer_convolution import REDUCED, highest_activation
+from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
 from flare_clef.limits import available_memory_bytes, keep_memory, usable_cores
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.precision import INT8, choose_device, choose_precision
@@ -100,6 +100,13 @@ class Segmenter:
             return FoldedNetwork(network, self.device, self.precision)
         from flare_clef.quantised import QuantisedNetwork, ranges_from_norms
 
+        architecture = self.weights.architecture
+        if any(n % CHANNELS for n in (*architecture.widths, architecture.head_channels)):
+            raise UserError(
+                f"--precision int8: {self.weights.path} has layers of {architecture.widths} and "
+                f"{architecture.head_channels} channels, multiples of {CHANNELS} are needed; "
+                "use auto"
+            )
         ranges = self.weights.activation_ranges or ranges_from_norms(network)
         return QuantisedNetwork(network, ranges, highest_activation() or REDUCED)
 

@@ -7,22 +7,27 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, TINY_GRID, body_hu, lively_network, write_scan
+from conftest import TINY_GRID, body_hu, lively_network, write_scan
 from test_inference import PEAK
 from torch.nn import functional
 from typer.testing import CliRunner
 
 from flare_clef import inference
 from flare_clef.cli import app
+from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED, highest_activation
+from flare_clef.network import Architecture
 from flare_clef.preparation import prepare
 from flare_clef.quantised import QuantisedNetwork, joined, named_blocks, ranges_from_norms
 from flare_clef.segmenter import Segmenter
 from flare_clef.training.calibration import BINS, best_range, calibrate
 from flare_clef.weights import load_weights, save_weights
 
+SMALL = Architecture(
+    widths=(16, 32, 48), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=16
+)
 HIGHEST = highest_activation() or REDUCED
 pytestmark = pytest.mark.skipif(
     highest_activation() is None, reason="this torch has no 8-bit convolution"
@@ -37,7 +42,7 @@ def body_volume() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def calibrated():
-    network = lively_network()
+    network = lively_network(SMALL)
     ranges = calibrate(network, [lambda: body_volume()[None, None]])
     return network, ranges
 
@@ -76,17 +81,17 @@ def test_logits_are_near_those_of_float32(calibrated, highest: int):
 
 
 def test_ranges_from_norms_by_hand():
-    network = lively_network()
+    network = lively_network(SMALL)
     block = named_blocks(network)["encoder.1.0"]
     with torch.no_grad():
-        block.norm.bias.copy_(torch.linspace(-1, 1, 8))
+        block.norm.bias.copy_(torch.linspace(-1, 1, 32))
         block.norm.weight.fill_(0.5)
         block.norm.weight[0] = -2
     ranges = ranges_from_norms(network)
     assert ranges["encoder.1.0"] == pytest.approx(-1 + 10 * 2)
     assert sorted(ranges) == sorted(
-        [f"encoder.{level}.{i}" for level, n in enumerate(TINY.encoder_convs) for i in range(n)]
-        + [f"decoder.{level}.{i}" for level, n in enumerate(TINY.decoder_convs) for i in range(n)]
+        [f"encoder.{level}.{i}" for level, n in enumerate(SMALL.encoder_convs) for i in range(n)]
+        + [f"decoder.{level}.{i}" for level, n in enumerate(SMALL.decoder_convs) for i in range(n)]
     )
 
 
@@ -128,6 +133,11 @@ def test_the_peak_stays_under_the_plan(slices: int):
         check=True,
     ).stdout.split()
     assert 0.3 * int(planned) < int(measured) <= int(planned)
+
+
+def test_a_network_of_other_widths_is_one_line(tiny_weights):
+    with pytest.raises(UserError, match="multiples of 16 are needed; use auto"):
+        Segmenter(tiny_weights, precision="int8")
 
 
 def test_weights_carry_the_ranges_and_predict_uses_them(calibrated, tmp_path):
