@@ -9,5 +9,6 @@ for _ in 1 2 3; do
   /usr/bin/time -f '%e s wall, %M KiB peak RSS' flare-clef predict "$1" "$out/labels.nii.gz"
 done
 mkdir "$out/in"
-for name in a b c; do cp "$1" "$out/in/$name.${1#*.}"; done
+file=${1##*/}
+for name in a b c; do cp "$1" "$out/in/$name.${file#*.}"; done
 /usr/bin/time -f '%e s wall for three, %M KiB peak RSS' flare-clef predict "$out/in" "$out/three"
