@@ -111,6 +111,8 @@ class Finetuning(Trainer):
             on_step=on_step,
             checkpoint_seconds=checkpoint_seconds,
         )
+        self.has_statistics = isinstance(start, SegmentationNetwork)
+        """Of whole bodies, and the weights fit them: frozen from the first step on, they stay."""
         self.frozen = False
         self.best: float | None = None
         """Lowest validation loss, or 1 - highest mean DSC, so far."""
@@ -141,7 +143,7 @@ class Finetuning(Trainer):
 
     def before_step(self, step: int) -> None:
         should_freeze = self.plan.frozen_at(step)
-        if should_freeze and not self.frozen:
+        if should_freeze and not self.frozen and not (step == 0 and self.has_statistics):
             self._freeze(step)
         self.network.train()
         for layer in norms(self.network):

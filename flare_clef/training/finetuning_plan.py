@@ -22,7 +22,9 @@ class Stage:
     learning_rate: tuple[float, float] = (1e-3, 1e-3)
     """At the first and at the last step, along half a cosine."""
     freeze_after: float = 1.0
-    """Share of the stage after which normalisation statistics are re-estimated and frozen."""
+    """Share of the stage after which normalisation statistics are re-estimated and frozen.
+
+    0 in the first stage of a run that starts from weights keeps theirs."""
     augmentation: AugmentationSettings | None = field(default_factory=AugmentationSettings)
     epochs: int = 0
     """In place of ``steps``: so many times every case."""
@@ -36,6 +38,8 @@ class FinetuningPlan:
 
     stages: tuple[Stage, ...]
     seed: int = 0
+    start_share: float = 0.0
+    """Share of ``start``'s weights in the exported ones, see :func:`mix`."""
     warmup_steps: int = 50
     loss: str = "softmax"
     """``softmax``: organs compete, see :func:`softmax_dice_loss`; ``sigmoid``: the paper's."""

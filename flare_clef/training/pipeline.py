@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from flare_clef.training.progress import TrainingProgress
 from flare_clef.training.recipe import Recipe
 from flare_clef.training.tensorboard import TensorBoardLog
 from flare_clef.training.validation import DiceTable, means, validate
+from flare_clef.training.weight_average import mix
 
 WEIGHTS = "weights.safetensors"
 CURVES_EVERY_SECONDS = 300
@@ -156,7 +157,7 @@ def pretrain(run: Run) -> Path:
 def finetune(run: Run) -> Path:
     """Fine-tunes, judges on the cases kept aside, exports; returns the weights' file."""
     recipe, plan = run.recipe, run.recipe.finetune
-    start = find_start(run)
+    start = _segmentation_start(run) if plan.start_share else find_start(run)
     cases = run.labelled()
     trained, aside = split(run, cases)
     prepared = run.prepare(trained)
@@ -217,6 +218,9 @@ def export_run(run: Run) -> Path:
         raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
     path = run.folder / WEIGHTS
     description = provenance.read_run(run.folder)
+    # These two may be decided after the training.
+    description["recipe"]["finetune"]["start_share"] = run.recipe.finetune.start_share
+    description["recipe"]["export"] = asdict(run.recipe.export)
     _export(run, trainer, trainer.result(), description, path)
     return path
 
@@ -229,7 +233,10 @@ def _export(
     path: Path,
 ) -> None:
     trained, aside = split(run, run.labelled())
-    grid = run.recipe.finetune.stages[-1].grid
+    plan = run.recipe.finetune
+    grid = plan.stages[-1].grid
+    if plan.start_share:
+        mix(network, _segmentation_start(run), plan.start_share)
     shown = BestAndWorst()
     table = validate(network, aside, grid, run.precision, on_case=shown.see) if aside else {}
     for organ, value in means(table).items():
@@ -257,6 +264,16 @@ def _export(
         hours=trainer.seconds / 3600,
     )
     run.say(f"wrote {path}")
+
+
+def _segmentation_start(run: Run) -> SegmentationNetwork:
+    start = find_start(run)
+    if isinstance(start, SegmentationNetwork):
+        return start
+    raise UserError(
+        f"finetune.start_share = {run.recipe.finetune.start_share}: finetune.start must name a "
+        "weights file with all of a network; name one, or leave start_share out"
+    )
 
 
 def find_start(run: Run) -> SegmentationNetwork | UNet | None:

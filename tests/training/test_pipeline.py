@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_trainer import make_folder
 from typer.testing import CliRunner
 
@@ -101,6 +102,30 @@ def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypat
     assert done.exit_code != 0
     assert "weights that predict otherwise are not exported" in str(done.exception)
     assert not list(run.glob("*weights*"))
+
+
+def test_a_share_of_the_start_is_in_the_exported_weights(folder: Path):
+    recipe, run = str(folder / "r.toml"), folder / "shared"
+    plain = ("--set", "pretrain=false", "--set", "finetune.patience_epochs=0")
+    done = call(folder, "finetune", recipe, "--output", str(folder / "first"), *plain)
+    assert done.exit_code == 0, done.output
+    start = folder / "first" / "weights.safetensors"
+    options = (*plain, "--set", f'finetune.start="{start}"', "--set", "finetune.seed=7")
+    done = call(folder, "finetune", recipe, "--output", str(run), *options)
+    assert done.exit_code == 0, done.output
+    trained = load_weights(run / "weights.safetensors")
+    half = ("--set", "finetune.start_share=0.5")
+    done = call(folder, "export", recipe, "--output", str(run), *options, *half)
+    assert done.exit_code == 0, done.output
+    mixed = load_weights(run / "weights.safetensors")
+    assert mixed.record["recipe"]["finetune"]["start_share"] == 0.5
+    before = load_weights(start)
+    for name, tensor in mixed.tensors.items():
+        mean = (before.tensors[name].double() + trained.tensors[name].double()) / 2
+        torch.testing.assert_close(tensor.double(), mean, rtol=2e-3, atol=1e-5)
+
+    refused = call(folder, "finetune", recipe, "--output", str(folder / "no"), *plain, *half)
+    assert "finetune.start must name a weights file" in str(refused.exception)
 
 
 def test_what_is_missing_is_named(folder: Path):

@@ -173,6 +173,20 @@ def test_frozen_statistics_are_the_mean_over_the_volumes():
     assert not first.norm.training
 
 
+@pytest.mark.parametrize(("freeze_after", "kept"), [(0.0, True), (0.5, False)])
+def test_frozen_from_the_first_step_the_starts_statistics_stay(
+    prepared, tmp_path: Path, freeze_after, kept
+):
+    """Those of a block's volumes would not fit weights that were trained on whole bodies."""
+    plan = FinetuningPlan((Stage(32, 2, (1e-3, 1e-3), freeze_after, block=16),), start="w")
+    start = lively_network(TINY)
+    trained = Finetuning(plan, prepared, tmp_path / "run", architecture=TINY, start=start).run()
+    before, after = start.state_dict(), trained.state_dict()
+    names = [name for name in before if "running_" in name]
+    assert names
+    assert all(torch.equal(before[name], after[name]) for name in names) == kept
+
+
 def test_damaged_checkpoint_falls_back(tmp_path: Path, capsys):
     assert load_checkpoint(tmp_path) is None
     for step in (1, 2):
