@@ -1,8 +1,8 @@
 """What a body and a scanner may vary: shape, field of view, intensities.
 
-Works on prepared volumes: image (z, y, x) in (-1, 1), labels (z, y, x) uint8. Every function
-takes a ``torch.Generator``, so a step's augmentation is decided by its seed alone. There is
-no left-right flip: kidneys and adrenal glands have sides.
+Works on prepared volumes: image (z, y, x) in (-1, 1), labels (z, y, x) uint8, their doubt
+included. Every function takes a ``torch.Generator``, so a step's augmentation is decided by
+its seed alone. There is no left-right flip: kidneys and adrenal glands have sides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from flare_clef.preparation import WINDOW_HU
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import CLASSES
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
@@ -133,10 +133,13 @@ def draw_block(
     """
     room = [n - block for n in size]
     starts = [int(_uniform(generator, 0, n + 1)) for n in room]
-    organs = [value for value in torch.unique(labels).tolist() if 0 < value < UNDECIDED]
+    bytes_of: dict[int, list[int]] = {}
+    for value in torch.unique(labels).tolist():
+        bytes_of.setdefault(int(CLASSES[value]), []).append(value)
+    organs = [organ for organ in sorted(bytes_of) if organ]
     if organs and _chance(generator, 0.5):
         organ = organs[int(_uniform(generator, 0, len(organs)))]
-        found = torch.nonzero(labels == organ)
+        found = torch.nonzero(torch.isin(labels, torch.tensor(bytes_of[organ], dtype=torch.uint8)))
         voxel = found[int(_uniform(generator, 0, len(found)))].flip(0)  # x, y, z
         extent = torch.tensor(labels.shape).flip(0)
         place = (voxel + 0.5) * 2 / extent - 1

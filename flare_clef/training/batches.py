@@ -33,7 +33,9 @@ def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]
 
 @dataclass
 class LabelledBatch:
-    """One case as a step sees it: image (1, 1, z, y, x), labels (z, y, x), organs (13,)."""
+    """One case as a step sees it: image (1, 1, z, y, x), labels (z, y, x), organs (13,).
+
+    Labels hold their doubt, see :mod:`flare_clef.training.doubt`."""
 
     case: str
     image: Tensor

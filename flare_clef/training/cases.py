@@ -16,7 +16,7 @@ from flare_clef.errors import UserError
 from flare_clef.images import Image, read_image
 from flare_clef.organs import ORGANS
 from flare_clef.preparation import Placement
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 
 IMAGE_FILE, LABELS_FILE = "image.npy", "labels.npy"
 """The arrays of a prepared case, in its folder."""
@@ -34,6 +34,10 @@ class Case:
     source: str = ""
     renumbering: tuple[tuple[int, int], ...] = ()
     """(value in the label file, ours) of every value it may hold; empty: it holds ours."""
+    propagated: str = ""
+    """The organ whose labels :mod:`flare_clef.training.propagation` made."""
+    chances: Path | None = None
+    """Its probability map, uint8 with 255 being 1, on the grid of ``labels``."""
 
     @property
     def labelled(self) -> torch.Tensor:
@@ -62,7 +66,8 @@ class PreparedCase:
 
     @property
     def labels(self) -> np.ndarray:
-        """uint8, 0 to 13 or ``UNDECIDED``, read only; all undecided without a label map."""
+        """uint8, as :mod:`flare_clef.training.doubt` packs it, read only; all ``UNDECIDED``
+        without a label map."""
         if self.case.labels is None:
             return np.broadcast_to(np.uint8(UNDECIDED), self.image.shape)
         return np.load(self.folder / LABELS_FILE, mmap_mode="r")

@@ -20,7 +20,7 @@ from flare_clef.errors import UserError
 from flare_clef.images import strip_suffix
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.training.cases import Case
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 
 _CHANNEL = "_0000"
 _ALL_ORGANS = tuple(organ.name for organ in ORGANS)
@@ -148,6 +148,7 @@ def _read_ours(folder: Path) -> Dataset:
             )
         else:
             entries = {}
+    chances = _files(folder / "probabilities")
     kept = []
     for case in cases:
         entry = entries.get(case.name, {})
@@ -158,6 +159,9 @@ def _read_ours(folder: Path) -> Dataset:
             problems.append(f"{listed}: case {case.name} {problem}")
         else:
             named = tuple(organs) if case.labels is not None and organs else ()
+            made = [organ for organ in entry.get("propagated", ()) if organ in named]
+            if made and case.name in chances:
+                case = replace(case, propagated=made[0], chances=chances[case.name])
             kept.append(replace(case, organs=named, source=source))
     return Dataset(tuple(kept), tuple(problems))
 

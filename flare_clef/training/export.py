@@ -10,7 +10,7 @@ from typing import Any
 from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.cases import Case, read_labels
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.validation import DiceTable, means
 from flare_clef.weights import save_weights
 

@@ -1,8 +1,8 @@
 """The losses of fine-tuning (paper, section 2.2 "Finetuning": Dice + cross entropy).
 
 Logits are (1, 13, z, y, x), organ ``i`` in channel ``i - 1``; labels are (z, y, x), 0 to 13,
-or ``UNDECIDED`` where a voxel's label is not known at all. ``labelled`` says for each of the
-13 organs whether this case has labels for it.
+with their doubt as :mod:`flare_clef.training.doubt` packs it: each voxel counts by its weight
+in all sums below. ``labelled`` says for each of the 13 organs whether this case has labels for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-UNDECIDED = 255
+from flare_clef.training.doubt import CLASSES, WEIGHTS
+
+_CLASSES = torch.from_numpy(CLASSES).long()
+_WEIGHTS = torch.from_numpy(WEIGHTS)
 _CHUNK_VOXELS = 1 << 18
 _DICE_EPSILON_VOXELS = 1.0
 
@@ -44,16 +47,16 @@ class _SoftmaxDice(torch.autograd.Function):
         group[1:][labelled] = torch.nonzero(labelled).flatten() + 1
         classes = len(group)
 
-        counts = torch.bincount(target.to(torch.long), minlength=256)[:classes].double()
+        counts = _weighted_counts(target)[:classes]
         weights = organ_weights(counts)
         sums = torch.zeros(classes, dtype=torch.float64, device=device)
         overlap = torch.zeros_like(sums)
         entropy = 0.0
         for chunk, truth, known in _chunks(rows, target):
             p = _probabilities(chunk, group)
+            hit = p.gather(0, truth[None])[0]
             if known is not None:
                 p *= known
-            hit = p.gather(0, truth[None])[0]
             sums += p.sum(1).double()
             overlap.index_add_(0, truth, hit.double() if known is None else (hit * known).double())
             log = torch.log(hit.clamp_min(1e-8)) * weights[truth]
@@ -113,12 +116,18 @@ class _SoftmaxDice(torch.autograd.Function):
 def _chunks(rows: Tensor, target: Tensor):  # type: ignore[no-untyped-def]
     for start in range(0, len(rows), _CHUNK_VOXELS):
         truth = target[start : start + _CHUNK_VOXELS].to(torch.long)
-        unknown = truth == UNDECIDED
         known = None
-        if bool(unknown.any()):
-            known = (~unknown).float()
-            truth = truth.masked_fill(unknown, 0)
+        if bool((truth > 15).any()):
+            known = _WEIGHTS.to(truth.device)[truth]
+            truth = _CLASSES.to(truth.device)[truth]
         yield rows[start : start + _CHUNK_VOXELS], truth, known
+
+
+def _weighted_counts(target: Tensor) -> Tensor:
+    """(16,) float64: the sum of the weights of each class's voxels."""
+    voxels = torch.bincount(target.to(torch.long), minlength=256).double().cpu()
+    counts = torch.zeros(16, dtype=torch.float64)
+    return counts.index_add_(0, _CLASSES, voxels * _WEIGHTS).to(target.device)
 
 
 def _softmax(chunk: Tensor) -> Tensor:
@@ -146,10 +155,10 @@ def _probabilities(chunk: Tensor, group: Tensor) -> Tensor:
 def balanced_weights(counts: Tensor) -> Tensor:
     """Cross-entropy weight per voxel of each class: proportional to count ** -0.5.
 
-    ``counts`` are the voxels of each class in the volume. Normalised so that the weights of
-    all voxels sum to one. With equal weights background alone decides, and an adrenal gland
-    (some 300 of 7 M voxels at 192^3) can be forgotten at no cost; with 1/count a single
-    voxel of it would outweigh 10,000 of liver.
+    ``counts`` are the (weighted) voxels of each class in the volume. Normalised so that the
+    weights of all voxels sum to one. With equal weights background alone decides, and an
+    adrenal gland (some 300 of 7 M voxels at 192^3) can be forgotten at no cost; with 1/count a
+    single voxel of it would outweigh 10,000 of liver.
     """
     weights = counts.clamp_min(1).rsqrt()
     weights = torch.where(counts > 0, weights, torch.zeros_like(weights))
@@ -190,21 +199,24 @@ def sigmoid_dice_loss(
     """The paper's fine-tuning loss: Dice + binary cross entropy on sigmoid outputs.
 
     Each organ is a question of its own; those that a case has no labels for are left out.
-    Cross entropy is the mean over the volume's known voxels and the labelled organs; Dice as
+    Cross entropy is the weighted mean over the volume's voxels and the labelled organs; Dice as
     in :func:`softmax_dice_loss`.
     """
-    known = labels.reshape(-1) != UNDECIDED
-    truth = labels.reshape(-1)[known]
+    weights = _WEIGHTS.to(labels.device)[labels.reshape(-1).long()]
+    known = weights > 0
+    truth = _CLASSES.to(labels.device)[labels.reshape(-1)[known].long()]
+    weights = weights[known]
     entropy = dice_loss = logits.new_zeros((), dtype=torch.float32)
     dice_per_organ = torch.full((logits.shape[1],), float("nan"), device=logits.device)
     judged = max(int(labelled.sum()), 1)
     for channel in torch.nonzero(labelled).flatten().tolist():
         x = logits[0, channel].reshape(-1)[known].float()
         target = (truth == channel + 1).float()
-        entropy = entropy + functional.binary_cross_entropy_with_logits(x, target) / judged
+        each = functional.binary_cross_entropy_with_logits(x, target, reduction="none")
+        entropy = entropy + (each * weights).sum() / weights.sum() / judged
         p = torch.sigmoid(x)
-        total = p.sum() + target.sum() + _DICE_EPSILON_VOXELS
-        dice = (2 * (p * target).sum() + _DICE_EPSILON_VOXELS) / total
+        total = ((p + target) * weights).sum() + _DICE_EPSILON_VOXELS
+        dice = (2 * (p * target * weights).sum() + _DICE_EPSILON_VOXELS) / total
         dice_loss = dice_loss + (1 - dice) / judged
         if bool(target.any()):
             dice_per_organ[channel] = dice.detach()

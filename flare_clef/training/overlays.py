@@ -21,7 +21,7 @@ from flare_clef.images import Image, read_image
 from flare_clef.organs import ORGAN_BY_NAME, Organ
 from flare_clef.preparation import canonical_axes, canonical_view
 from flare_clef.training.cases import Case
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 
 _SHOWN_HU = (-160.0, 240.0)
 _PAPER, _INK, _PALE = "#101010", "#eeeeee", "#9a9a9a"

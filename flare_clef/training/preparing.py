@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from flare_clef.errors import UserError
-from flare_clef.images import read_image
+from flare_clef.images import Image, read_image
 from flare_clef.limits import available_memory_bytes, usable_cores
+from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.preparation import prepare
 from flare_clef.training.cases import (
     IMAGE_FILE,
@@ -40,6 +41,7 @@ from flare_clef.training.cases import (
     read_labels,
 )
 from flare_clef.training.checking import problems_of, warnings_of
+from flare_clef.training.doubt import with_doubt
 
 STORE_FORMAT = 3
 _CHECKSUMS = "checksums.json"
@@ -149,6 +151,8 @@ class Store:
         # What the case claims decides whether it is refused: a refused claim must not be
         # answered by an entry made under another one.
         parts = [STORE_FORMAT, self.grid, *files, sorted(case.organs), case.renumbering]
+        if case.chances is not None:
+            parts += [case.propagated, self._checksum(case.chances)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _checksum(self, path: Path) -> str:
@@ -200,10 +204,24 @@ def _make(case: Case, grid: int, folder: Path) -> None:
         if problems:
             raise CaseProblems([f"{case.labels}: {problem}" for problem in problems])
         warnings += [("labels", warning) for warning in warnings_of(case, counts)]
+        if case.chances is not None:
+            chance = place_labels(_read_chance(case.chances, labels), placement)
+            placed = with_doubt(placed, chance, ORGAN_BY_NAME[case.propagated].index)
         np.save(folder / LABELS_FILE, placed)
     np.save(folder / IMAGE_FILE, volume.to(torch.float16).numpy())
     record = {"spacing_mm": placement.grid_spacing_mm(image.spacing_mm), "warnings": warnings}
     (folder / "record.json").write_text(json.dumps(record))
+
+
+def _read_chance(path: Path, labels: Image) -> np.ndarray:
+    """The probability map of a propagated organ, on the grid of its ``labels``."""
+    chance = read_image(path).array
+    if chance.shape != labels.array.shape or chance.dtype != np.uint8:
+        raise UserError(
+            f"{path}: {chance.shape} voxels (z, y, x) of {chance.dtype}, its labels "
+            f"{labels.array.shape} of uint8; run train propagate again"
+        )
+    return chance
 
 
 def _read_entry(entry: Path, case: Case) -> dict[str, Any] | None:

@@ -32,8 +32,8 @@ from flare_clef.training.atlas_store import (
 )
 from flare_clef.training.atlas_votes import DEFORMED_ATLASES, Surroundings, Votes, collect
 from flare_clef.training.cases import Case, read_labels
+from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, calibrate, possible_values
-from flare_clef.training.losses import UNDECIDED
 from flare_clef.training.registration import Grid, nearness_weights
 
 SPACING_MM = 4.0

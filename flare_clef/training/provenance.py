@@ -45,7 +45,7 @@ def describe(recipe: Recipe, cases: Sequence[Case], store: Path) -> dict[str, An
                 "source": case.source,
                 "sha256": {
                     path.name: known[str(path.resolve())][-1]
-                    for path in (case.image, case.labels)
+                    for path in (case.image, case.labels, case.chances)
                     if path is not None and str(path.resolve()) in known
                 },
             }

@@ -15,7 +15,7 @@ from flare_clef.organs import ORGANS
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
 from flare_clef.training.cases import Case, read_labels
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 
 DiceTable = dict[str, dict[str, float]]
 """Dice by case and organ; organs that a case has no labels for are left out."""

@@ -21,7 +21,7 @@ from flare_clef.training.cases import (
     read_labels,
 )
 from flare_clef.training.checking import problems_of, warnings_of
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 
 
 def test_labels_on_the_grid_by_hand():

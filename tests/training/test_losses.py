@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from flare_clef.training.doubt import CLASSES, UNDECIDED, WEIGHTS
 from flare_clef.training.losses import (
-    UNDECIDED,
     balanced_weights,
     sigmoid_dice_loss,
     softmax_dice_loss,
@@ -20,26 +20,29 @@ ALL = torch.ones(13, dtype=torch.bool)
 def plain_softmax_dice(logits, labels, labelled):
     """The docstring's formulas, one class after the other, differentiated by torch."""
     p = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)[0].flatten(1)
-    truth = labels.flatten().long()
-    known = truth != UNDECIDED
-    p, truth = p[:, known], truth[known]
+    weight = torch.from_numpy(WEIGHTS)[labels.flatten().long()]
+    truth = torch.from_numpy(CLASSES)[labels.flatten().long()].long()
     organs = [k for k in range(1, 14) if labelled[k - 1]]
     missing = [k for k in range(1, 14) if not labelled[k - 1]]
     background = p[0] + p[missing].sum(0)
     classes = {0: background, **{k: p[k] for k in organs}}
-    raw = {k: max(1, int((truth == k).sum())) ** -0.5 for k in classes}
-    total = sum(raw[k] * int((truth == k).sum()) for k in classes)
-    entropy = sum(-(raw[k] / total) * classes[k][truth == k].log().sum() for k in classes)
+    counts = {k: float(((truth == k) * weight).sum()) for k in classes}
+    raw = {k: max(1, counts[k]) ** -0.5 for k in classes}
+    total = sum(raw[k] * counts[k] for k in classes)
+    entropy = sum(
+        -(raw[k] / total) * ((truth == k) * weight * classes[k].log()).sum() for k in classes
+    )
     dice = 0
     for k in organs:
         g = (truth == k).float()
-        dice = dice + 1 - (2 * (p[k] * g).sum() + 1) / (p[k].sum() + g.sum() + 1)
+        total = ((p[k] + g) * weight).sum()
+        dice = dice + 1 - (2 * (p[k] * g * weight).sum() + 1) / (total + 1)
     return entropy + dice / len(organs)
 
 
 @pytest.mark.parametrize("missing", [(), (11,), (3, 11, 12)])
-@pytest.mark.parametrize("undecided", [False, True])
-def test_fused_value_and_gradient_equal_torchs(missing, undecided, monkeypatch):
+@pytest.mark.parametrize(("undecided", "doubt"), [(False, False), (True, False), (True, True)])
+def test_fused_value_and_gradient_equal_torchs(missing, undecided, doubt, monkeypatch):
     monkeypatch.setattr("flare_clef.training.losses._CHUNK_VOXELS", 50)
     torch.manual_seed(0)
     logits = (torch.randn(1, 13, 5, 6, 7) * 2).requires_grad_()
@@ -49,6 +52,8 @@ def test_fused_value_and_gradient_equal_torchs(missing, undecided, monkeypatch):
         labelled[channel] = False
         labels[labels == channel + 1] = 0
     labels[labels == 9] = 0  # labelled, but not in this body
+    if doubt:
+        labels += 16 * torch.randint(0, 15, (5, 6, 7)).to(torch.uint8)
     if undecided:
         labels[1, 2:5] = UNDECIDED
     plain = plain_softmax_dice(logits, labels, labelled)
@@ -81,6 +86,20 @@ def test_sigmoid_by_hand():
     assert terms.cross_entropy == pytest.approx(math.log(2))
     assert terms.dice_loss == pytest.approx(1 - 2 / 3)
     assert loss.item() == pytest.approx(math.log(2) + 1 / 3)
+
+
+def test_doubtful_voxels_count_by_their_weight():
+    """Two voxels of liver, one of them of doubt 9 (weight 0.4), all logits 0."""
+    labels = torch.tensor([1, 1 + 16 * 9], dtype=torch.uint8).view(1, 1, 2)
+    only = torch.zeros(13, dtype=torch.bool)
+    only[0] = True
+    loss, terms = sigmoid_dice_loss(torch.zeros(1, 13, 1, 1, 2), labels, only)
+    assert terms.cross_entropy == pytest.approx(math.log(2))
+    # sum(w p) = 0.7, sum(w g) = 1.4, sum(w p g) = 0.7: (1.4 + 1) / (2.1 + 1).
+    assert terms.dice_loss == pytest.approx(1 - 2.4 / 3.1)
+    # One class has all the weight, of which each voxel's share is its own; p is 1 / 14.
+    softmax = softmax_dice_loss(torch.zeros(1, 13, 1, 1, 2), labels, ALL)[1]
+    assert softmax.cross_entropy == pytest.approx(math.log(14), rel=1e-5)
 
 
 def test_sigmoid_leaves_unlabelled_organs_alone():

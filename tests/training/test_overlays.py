@@ -14,7 +14,7 @@ from small_cases import LEFT, MIDDLE, RIGHT, SHAPE, label_map, liver, write_pair
 from flare_clef.images import image_from_array
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.cases import Case, find_cases
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.overlays import BestAndWorst, _slices, write_overlays
 
 SPACING = (2.0, 2.0, 4.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import resource
 import subprocess
@@ -20,7 +21,7 @@ from flare_clef.preparation import prepare
 from flare_clef.training import preparing
 from flare_clef.training.cases import Case, find_cases, place_labels, prepare_case
 from flare_clef.training.datasets import read_dataset
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.doubt import CLASSES, UNDECIDED
 from flare_clef.training.preparing import prepare_all
 
 
@@ -49,6 +50,29 @@ def test_an_entry_is_what_prepare_gives(folder: Path, tmp_path: Path):
     assert isinstance(labelled.image, np.memmap) and isinstance(labelled.labels, np.memmap)
     assert unlabelled.labels.shape == (24, 24, 24) and (unlabelled.labels == UNDECIDED).all()
     assert not unlabelled.case.labelled.any()
+
+
+def test_a_propagated_organs_certainty_is_in_the_entry(folder: Path, tmp_path: Path):
+    labels = read_image(folder / "labels" / "a.nii.gz").array
+    chance = np.where(labels == 1, 204, 0).astype(np.uint8)
+    (case,) = (case for case in read_dataset(folder).cases if case.labels is not None)
+    write_scan(folder / "probabilities" / "a.nii.gz", chance)
+    entries = json.loads((folder / "cases.json").read_text())
+    plain = run(folder, tmp_path / "store").prepared[0]
+    entries["a"]["propagated"] = ["liver"]
+    (folder / "cases.json").write_text(json.dumps(entries))
+    doubted = run(folder, tmp_path / "store").prepared[0]
+    assert doubted.folder != plain.folder
+    assert np.array_equal(CLASSES[doubted.labels], CLASSES[plain.labels])
+    assert set(np.unique(plain.labels)) <= {0, 1, UNDECIDED}
+    # 204 / 255 is a probability of 0.8: certainty 0.6, doubt 6 of 15.
+    assert set(np.unique(doubted.labels)) <= {0, 1 + 16 * 6, UNDECIDED}
+    assert (doubted.labels == 1 + 16 * 6).any()
+
+    write_scan(folder / "probabilities" / "a.nii.gz", chance[1:])
+    (problem,) = run(folder, tmp_path / "store").problems
+    assert "probabilities/a.nii.gz" in problem and "run train propagate again" in problem
+    assert case.chances is None
 
 
 def test_nnunets_numbers_become_ours(tmp_path: Path):

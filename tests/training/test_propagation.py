@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from flare_clef.cli import app
 from flare_clef.organs import ORGAN_BY_INDEX
-from flare_clef.training.cases import find_cases
-from flare_clef.training.losses import UNDECIDED
+from flare_clef.training.cases import find_cases, prepare_case
+from flare_clef.training.doubt import CLASSES, UNDECIDED, WEIGHTS
 
 ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 13)]
 
@@ -83,6 +83,12 @@ def test_the_output_is_a_training_set(run) -> None:  # type: ignore[no-untyped-d
     cases = {case.name: case for case in find_cases(folder / "out")}
     assert set(cases) == {"lacking", "having"}
     assert cases["lacking"].organs == (*ORGANS, "duodenum")
+    assert cases["lacking"].propagated == "duodenum" and cases["having"].chances is None
+    prepared = prepare_case(cases["lacking"], folder / "prepared", 48).labels
+    organ = CLASSES[prepared] == 12
+    # Certain from 0.55 on: no weight below 2 * 0.55 - 1, less half a step of the packing.
+    assert organ.any() and WEIGHTS[prepared][organ].min() >= 0.1 - 1 / 30
+    assert len(np.unique(WEIGHTS[prepared][organ])) > 1
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert summary["cases"]["lacking"]["labels"] == "propagated"
     assert summary["cases"]["having"] == {"labels": "own"}
