@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from flare_clef.training.preparing import prepare_all
 from flare_clef.training.pretraining import Pretraining
 from flare_clef.training.processes import rank, wait
 from flare_clef.training.progress import TrainingProgress
+from flare_clef.training.propagation_stage import propagate_onto, with_propagated
 from flare_clef.training.recipe import Recipe
 from flare_clef.training.tensorboard import TensorBoardLog
 from flare_clef.training.validation import DiceTable, means, validate
@@ -55,9 +56,13 @@ class Run:
     data: Sequence[Path] = ()
     """Folders in place of the recipe's."""
     quiet: bool = False
+    _propagated: bool = field(default=False, init=False)
 
     def labelled(self) -> list[Case]:
-        """The cases with labels. Raises UserError after naming every fault."""
+        """The cases with labels, also such as ``[propagate]`` makes for those to train on.
+
+        Raises UserError after naming every fault.
+        """
         folders = list(self.data) or [self.base / f for f in self.recipe.data.folders]
         if self.recipe.data.phantoms and not self.data:
             folders.append(self._phantoms())
@@ -65,7 +70,18 @@ class Run:
         if not cases:
             names = ", ".join(map(str, folders)) or "data.folders names no folder"
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
-        return cases
+        return self._with_propagated(cases) if self.recipe.propagate else cases
+
+    def _with_propagated(self, cases: list[Case]) -> list[Case]:
+        assert self.recipe.propagate is not None
+        # Those kept aside are judged by labels that people made.
+        trained, aside = split(self, cases)
+        output = self.folder / "propagated"
+        if rank() == 0 and not self._propagated:
+            propagate_onto(trained, self.recipe.propagate, self.base, output, self.say)
+            self._propagated = True
+        wait()
+        return [*with_propagated(trained, output), *aside]
 
     def _phantoms(self) -> Path:
         from flare_clef.training.synthetic import make_phantoms

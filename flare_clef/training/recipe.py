@@ -16,8 +16,10 @@ from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture
+from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.finetuning_plan import FinetuningPlan
 from flare_clef.training.pretraining import PretrainingPlan
+from flare_clef.training.propagation_stage import PropagationSettings
 
 try:
     import tomllib  # type: ignore[import-not-found]
@@ -75,6 +77,8 @@ class Recipe:
 
     data: DataSettings = field(default_factory=DataSettings)
     network: Architecture = field(default_factory=Architecture)
+    propagate: PropagationSettings | None = None
+    """None: organs without labels stay out of the loss."""
     pretrain: PretrainingPlan | None = None
     """None: fine-tuning begins with random weights, or with ``finetune.start``."""
     finetune: FinetuningPlan = field(default_factory=lambda: FinetuningPlan(stages=()))
@@ -105,6 +109,11 @@ def _problem(recipe: Recipe) -> str | None:
     divisor = recipe.network.divisor
     if not plan.stages:
         return "finetune.stages: no stage; at least one is needed"
+    if (propagate := recipe.propagate) is not None:
+        if propagate.organ not in ORGAN_BY_NAME:
+            return f"propagate.organ = {propagate.organ!r}: one of {', '.join(ORGAN_BY_NAME)}"
+        if not propagate.atlases:
+            return "propagate.atlases: name a folder of label maps that have the organ"
     if plan.loss not in ("softmax", "sigmoid"):
         return f"finetune.loss = {plan.loss!r}: must be 'softmax' or 'sigmoid'"
     grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}
