@@ -45,7 +45,10 @@ def restore(
     keep = _kept(organs)
 
     labels = np.zeros(placement.shape, dtype=np.uint8)
-    view = placement.canonical_view(labels)[tuple(slice(*bounds) for bounds in placement.box)]
+    inside = placement.box_in_scan
+    view = placement.canonical_view(labels)[tuple(slice(*bounds) for bounds in inside)]
+    below = inside[0][0] - placement.box[0][0]
+    axes[0] = axes[0].part(below, below + view.shape[0])
     plane = axes[1].size * axes[2].size
     step = max(1, _CHUNK_VOXELS // plane)
     for start in range(0, axes[0].size, step):

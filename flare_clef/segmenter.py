@@ -174,7 +174,7 @@ class Segmenter:
         limit = self._limit_for(image)
 
         clock.begin("prepare")
-        prepared = prepare(image.array, image.direction, self.grid)
+        prepared = prepare(image.array, image.direction, self.grid, spacing_mm=image.spacing_mm)
         if prepared is None:
             clock.end()
             return Segmentation(

@@ -26,9 +26,10 @@ def plainly(
     output_range: float | None, highest: int,
 ) -> Tensor:  # fmt: skip
     """Sums of whole numbers in int64 on padded input; scales, bias and rounding after them."""
-    scales = torch.cat([torch.full((n,), largest / highest) for n, largest in inputs])
-    ratios = (scales / scales[0]).view(1, -1, 1, 1, 1)
-    whole, weight_scale = round_weight(weight * ratios)
+    scales = [largest / highest for _, largest in inputs]
+    # Rounded as the packed ones are: half a step's rounding decides a whole step of a weight.
+    ratios = [torch.full((n,), s / scales[0]) for (n, _), s in zip(inputs, scales, strict=True)]
+    whole, weight_scale = round_weight(weight * torch.cat(ratios).view(1, -1, 1, 1, 1))
     side = weight.shape[-1]
     reach = side // 2
     padded = functional.pad(x[0].long(), (reach,) * 6)
@@ -41,7 +42,7 @@ def plainly(
                 ]
                 sums += torch.einsum("oi,izyx->ozyx", whole[:, :, z, y, across].long(), part)
     column = (-1, 1, 1, 1)
-    real = sums.double() * weight_scale.double().view(column) * float(scales[0])
+    real = sums.double() * weight_scale.double().view(column) * scales[0]
     real += bias.double().view(column)
     if output_range is None:
         return real[None]

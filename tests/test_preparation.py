@@ -18,6 +18,7 @@ from flare_clef.preparation import (
     place,
     prepare,
     resize_matrix,
+    with_air,
 )
 from flare_clef.restoration import restore
 
@@ -136,6 +137,41 @@ def test_tall_scans_in_chunks_equal_one_matrix_product():
         weights = resize_matrix(body.shape[axis], 32).astype(np.float64)
         body = np.moveaxis(np.tensordot(weights, body, (1, axis)), 0, axis)
     assert volume.numpy() == pytest.approx((body.clip(-200, 300) - 50) / 250, abs=1e-5)
+
+
+def test_a_short_scan_is_laid_into_air():
+    rest = ((3, 9), (0, 4))
+    assert with_air(((2, 24), *rest), 5.0) == ((-9, 35), *rest)  # 110 mm: 22 slices more
+    assert with_air(((0, 3), *rest), 5.0) == ((-4, 8), *rest)  # never more than four times
+    assert with_air(((0, 44), *rest), 5.0) == ((0, 44), *rest)  # 220 mm
+    assert with_air(((7, 99), *rest), 2.5) == ((7, 99), *rest)
+
+
+def test_a_short_scan_equals_one_stored_with_air():
+    hu = body_hu((30, 24, 26))
+    volume, placement = prepare(hu, IDENTITY, 32, spacing_mm=(1.5, 1.5, 4.0))  # 120 of 220 mm
+    (start, stop), *_ = placement.box
+    assert stop - start == 55 and placement.box_in_scan[0] == (0, 30)
+    body = hu[tuple(slice(*b) for b in placement.box_in_scan)].astype(np.float64)
+    body = np.pad(body, ((-start, stop - 30), (0, 0), (0, 0)), constant_values=-1024)
+    for axis in range(3):
+        weights = resize_matrix(body.shape[axis], 32).astype(np.float64)
+        body = np.moveaxis(np.tensordot(weights, body, (1, axis)), 0, axis)
+    assert volume.numpy() == pytest.approx((body.clip(-200, 300) - 50) / 250, abs=2e-5)
+
+
+def test_48_orientations_of_a_short_scan_are_bit_identical():
+    hu = body_hu((14, 24, 26))
+    expected, _ = prepare(hu, IDENTITY, 32, spacing_mm=(1.0, 1.0, 3.0))
+    assert not torch.equal(expected, prepare(hu, IDENTITY, 32)[0])
+    for axes, flips, direction in all_48():
+        sizes = [1.0, 1.0, 1.0]
+        sizes[2 - axes[0]] = 3.0
+        stored = stored_as(hu, axes, flips)
+        volume, placement = prepare(stored, direction, 32, spacing_mm=tuple(sizes))
+        assert torch.equal(volume, expected)
+        labels = restore(volume.expand(13, -1, -1, -1), placement)
+        assert labels.shape == stored.shape
 
 
 def test_grid_spacing():

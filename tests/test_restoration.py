@@ -93,6 +93,20 @@ def test_a_subset_of_organs_keeps_decisions():
     assert np.array_equal(some, np.where(np.isin(everything, (1, 6)), everything, 0))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_of_a_box_that_reaches_beyond_the_scan_only_the_scan_is_labelled(flip):
+    logits = smooth_logits()
+    whole = Placement(
+        (60, 40, 50), (0, 1, 2), (False,) * 3, ((0, 60), (2, 40), (0, 50)), (24, 20, 28)
+    )
+    short = Placement((22, 40, 50), (0, 1, 2), (flip, False, False), ((-17, 43), *whole.box[1:]),
+                      whole.grid)  # fmt: skip
+    expected = restore(logits, whole)[17:39]
+    found = restore(logits, short)
+    assert len(np.unique(found)) > 5
+    assert np.array_equal(found[::-1] if flip else found, expected)
+
+
 def test_outside_the_box_is_background():
     logits = torch.full((13, 4, 4, 4), 1.0)
     placement = Placement((6, 6, 6), (0, 1, 2), (False,) * 3, ((1, 3), (2, 6), (0, 5)), (4, 4, 4))

@@ -140,13 +140,20 @@ def histogram(labels: np.ndarray) -> np.ndarray:
 
 
 def place_labels(labels: np.ndarray, placement: Placement) -> np.ndarray:
-    """``labels`` (stored axes) on the prepared grid, nearest neighbour, canonical (z, y, x)."""
+    """``labels`` (stored axes) on the prepared grid, nearest neighbour, canonical (z, y, x).
+
+    Air that the placement adds below and above is background.
+    """
     view = placement.canonical_view(labels)
-    picks = []
-    for (start, stop), cells in zip(placement.box, placement.grid, strict=True):
+    picks, in_air = [], []
+    for (start, stop), cells, size in zip(placement.box, placement.grid, view.shape, strict=True):
         centres = start + (np.arange(cells) + 0.5) * (stop - start) / cells
-        picks.append(np.minimum(centres.astype(np.int64), stop - 1))
-    return np.ascontiguousarray(view[np.ix_(*picks)])
+        nearest = np.minimum(np.floor(centres).astype(np.int64), stop - 1)
+        in_air.append((nearest < 0) | (nearest >= size))
+        picks.append(nearest.clip(0, size - 1))
+    placed = np.ascontiguousarray(view[np.ix_(*picks)])
+    placed[in_air[0]] = 0
+    return placed
 
 
 def check_pair(case: Case, image: Image, labels: Image) -> None:

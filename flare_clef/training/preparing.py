@@ -43,7 +43,7 @@ from flare_clef.training.cases import (
 from flare_clef.training.checking import problems_of, warnings_of
 from flare_clef.training.doubt import with_doubt
 
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 _CHECKSUMS = "checksums.json"
 _MEMORY_PER_WORKER = 2 << 30
 """What a scan of 512 x 512 x 600 needs on its way into the store, with room to spare."""
@@ -194,7 +194,7 @@ def _make(case: Case, grid: int, folder: Path) -> None:
     if case.labels is not None:
         labels = read_labels(case)
         check_pair(case, image, labels)
-    prepared = prepare(image.array, image.direction, grid)
+    prepared = prepare(image.array, image.direction, grid, spacing_mm=image.spacing_mm)
     if prepared is None:
         raise UserError(f"{case.image}: no voxel above -500 HU, so there is no body in it")
     volume, placement = prepared

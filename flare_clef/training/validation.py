@@ -38,7 +38,7 @@ def validate(
     table: DiceTable = {}
     for case in cases:
         image, reference = read_image(case.image), read_labels(case)
-        prepared = prepare(image.array, image.direction, grid)
+        prepared = prepare(image.array, image.direction, grid, spacing_mm=image.spacing_mm)
         if prepared is None:
             continue
         volume, placement = prepared

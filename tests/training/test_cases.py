@@ -31,6 +31,12 @@ def test_labels_on_the_grid_by_hand():
     assert place_labels(labels, placement).ravel().tolist() == [3, 5, 7]
 
 
+def test_air_that_the_placement_adds_is_background():
+    labels = np.arange(1, 5, dtype=np.uint8)[:, None, None]
+    placement = place((4, 1, 1), IDENTITY, ((-3, 6), (0, 1), (0, 1)), (9, 1, 1))
+    assert place_labels(labels, placement).ravel().tolist() == [0, 0, 0, 1, 2, 3, 4, 0, 0]
+
+
 def test_labels_follow_the_canonical_axes():
     mirrored = (-1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
     labels = label_map(liver=RIGHT)

@@ -41,7 +41,7 @@ def run(folder: Path, store: Path, grid: int = 16, **options) -> preparing.Prepa
 def test_an_entry_is_what_prepare_gives(folder: Path, tmp_path: Path):
     labelled, unlabelled = run(folder, tmp_path / "store", grid=24).prepared
     scan = read_image(folder / "images" / "a_0000.nii.gz")
-    volume, placement = prepare(scan.array, scan.direction, 24)
+    volume, placement = prepare(scan.array, scan.direction, 24, spacing_mm=scan.spacing_mm)
     assert np.array_equal(labelled.image, volume.numpy().astype(np.float16))
     truth = read_image(folder / "labels" / "a.nii.gz").array
     assert np.array_equal(labelled.labels, place_labels(truth, placement))
@@ -77,7 +77,7 @@ def test_a_propagated_organs_certainty_is_in_the_entry(folder: Path, tmp_path: P
 
 def test_nnunets_numbers_become_ours(tmp_path: Path):
     theirs = np.where(liver() == 1, 4, 0).astype(np.uint8)
-    theirs[2:10, 12:15, MIDDLE], theirs[0] = 2, 9
+    theirs[2:10, 12:15, MIDDLE], theirs[:2] = 2, 9
     write_scan(tmp_path / "imagesTr" / "n_0000.nii.gz", body_hu(SHAPE))
     write_scan(tmp_path / "labelsTr" / "n.nii.gz", theirs)
     (tmp_path / "dataset.json").write_text(

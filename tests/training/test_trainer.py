@@ -28,8 +28,9 @@ def make_folder(folder: Path, count: int = 3) -> Path:
     entries = {}
     for seed in range(count):
         hu = body_hu(seed=seed)
-        write_scan(folder / "images" / f"c{seed}_0000.nii.gz", hu)
-        write_scan(folder / "labels" / f"c{seed}.nii.gz", (hu > 120).astype(np.uint8))
+        long = {"spacing": (1.5, 1.5, 12.0)}  # no air is added below 220 mm
+        write_scan(folder / "images" / f"c{seed}_0000.nii.gz", hu, **long)
+        write_scan(folder / "labels" / f"c{seed}.nii.gz", (hu > 120).astype(np.uint8), **long)
         entries[f"c{seed}"] = {"organs": ["liver"], "source": "made by a test"}
     (folder / "cases.json").write_text(json.dumps(entries))
     return folder

@@ -23,7 +23,7 @@ def test_undecided_voxels_are_not_judged(tmp_path: Path):
     network = lively_network()
     path = write_scan(tmp_path / "a_0000.nii.gz", body_hu())
     scan = read_image(path)
-    volume, placement = prepare(scan.array, scan.direction, TINY_GRID)
+    volume, placement = prepare(scan.array, scan.direction, TINY_GRID, spacing_mm=scan.spacing_mm)
     predicted = restore(FoldedNetwork(network, torch.device("cpu"), "fp32")(volume), placement)
     counts = np.bincount(predicted.ravel(), minlength=14)
     one, two = (int(i) + 1 for i in np.argsort(counts[1:])[-2:])
