@@ -30,7 +30,7 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 _CHANNEL = "_0000"
 _ITK_NIFTI = threading.Lock()
 """Two threads in ITK's reader of NIfTI headers at once damage the heap (SimpleITK 2.5): of six
-runs that read 800 headers of one file in two threads five ended with a crash."""
+runs that prepared 800 cases in two threads five ended with a crash."""
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,21 @@ def test_many_cases_hold_no_memory_and_no_files(folder: Path, tmp_path: Path):
     assert mapped() == 1 and held.shape == (16, 16, 16)
 
 
+def test_two_threads_at_once_do_not_damage_the_heap(folder: Path, tmp_path: Path):
+    """ITK's reader of headers did: on an idle machine five of six such processes crashed."""
+    code = (
+        "from pathlib import Path\n"
+        "from flare_clef.training.cases import Case, find_cases\n"
+        "from flare_clef.training.preparing import prepare_all\n"
+        f"(case,) = find_cases(Path({str(folder)!r}))\n"
+        "for number in range(4):\n"
+        "    cases = [Case(f'c{k}', case.image, case.labels, case.organs) for k in range(200)]\n"
+        f"    store = Path({str(tmp_path)!r}) / f's{{number}}'\n"
+        "    assert len(prepare_all(cases, store, 16, workers=2).prepared) == 200\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 def test_train_prepare_by_the_command(folder: Path, tmp_path: Path):
     from typer.testing import CliRunner
 
