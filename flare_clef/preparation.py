@@ -142,11 +142,11 @@ def body_box(array: np.ndarray) -> Box | None:
 
 
 def with_air(box: Box, slice_mm: float) -> Box:
-    """``box`` (canonical) made ``SHORTEST_MM`` long from feet to head, by air on both sides.
+    """``box`` (canonical, voxels) made ``SHORTEST_MM`` long in z, by air on both sides.
 
-    Stretched over the whole grid, a piece of 110 mm shows organs three times as long as those
-    of a whole abdomen: on the cases kept aside the mean DSC of such a piece rose by .01 to .10
-    when it was not (docs/experiments.md). At most four times as long as it was.
+    ``slice_mm``: size of a voxel in z. Stretched over the whole grid, a piece of 110 mm shows
+    organs some three times as long as those of a whole abdomen; what not stretching it gains
+    stands in docs/experiments.md. The box grows to four times its length at most.
     """
     (start, stop), *others = box
     shown = stop - start

@@ -76,12 +76,13 @@ class Run:
         assert self.recipe.propagate is not None
         # Those kept aside are judged by labels that people made.
         trained, aside = split(self, cases)
-        output = self.folder / "propagated"
+        settings = self.recipe.propagate
+        output = self.folder / "propagated" / settings.organ
         if rank() == 0 and not self._propagated:
-            propagate_onto(trained, self.recipe.propagate, self.base, output, self.say)
+            propagate_onto(trained, settings, self.base, output, self.say)
             self._propagated = True
         wait()
-        return [*with_propagated(trained, output), *aside]
+        return [*with_propagated(trained, settings, output), *aside]
 
     def _phantoms(self) -> Path:
         from flare_clef.training.synthetic import make_phantoms

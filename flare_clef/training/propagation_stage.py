@@ -29,7 +29,10 @@ def propagate_onto(
     output: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Writes ``cases`` with labels of the organ to ``output``, as ``train propagate`` does."""
+    """Writes ``cases`` with labels of the organ to ``output``, as ``train propagate`` does.
+
+    Bad atlases and cases are told to ``say``; raises UserError where nothing can be done.
+    """
     from flare_clef.training.propagation import propagate
 
     lacking = [case for case in cases if settings.organ not in case.organs]
@@ -45,12 +48,17 @@ def propagate_onto(
         say(f"DSC on {len(held)} atlases left out in turn: {sum(held) / len(held):.3f}")
 
 
-def with_propagated(cases: Sequence[Case], output: Path) -> list[Case]:
-    """``cases``, those that :func:`propagate_onto` wrote to ``output`` in place of their own."""
-    if not output.is_dir():
+def with_propagated(
+    cases: Sequence[Case], settings: PropagationSettings, output: Path
+) -> list[Case]:
+    """``cases``, those that lack the organ as :func:`propagate_onto` wrote them to ``output``.
+
+    Raises UserError where that is not a whole training set.
+    """
+    if all(settings.organ in case.organs for case in cases):
         return list(cases)
     dataset = read_dataset(output)
     if dataset.problems:
         raise UserError(dataset.problems[0])
     made = {case.name: case for case in dataset.cases}
-    return [made.get(case.name, case) for case in cases]
+    return [case if settings.organ in case.organs else made.get(case.name, case) for case in cases]

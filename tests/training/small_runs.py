@@ -27,6 +27,12 @@ from flare_clef.training.pretraining import Pretraining, PretrainingPlan
 from flare_clef.training.processes import join_processes, leave_processes, rank
 
 SMALL = Architecture(widths=(4, 8), encoder_convs=(1, 1), decoder_convs=(1,), head_channels=4)
+SMALL_TOML = """[network]
+widths = [4, 8]
+encoder_convs = [1, 1]
+decoder_convs = [1]
+head_channels = 4
+"""
 
 FINETUNE = FinetuningPlan(
     stages=(

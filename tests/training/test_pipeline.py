@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SMALL_TOML
 from test_trainer import make_folder
 from typer.testing import CliRunner
 
@@ -15,18 +16,13 @@ from flare_clef.training.recipe import load_recipe
 from flare_clef.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
+RECIPE = f"""
 validate_every_steps = 4
 [data]
 folders = ["data"]
 folds = 3
 grid = 32
-[network]
-widths = [4, 8]
-encoder_convs = [1, 1]
-decoder_convs = [1]
-head_channels = 4
-[pretrain]
+{SMALL_TOML}[pretrain]
 steps = 3
 grid = 16
 features = 4

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from bodies import body_labels, write_training_set, write_volume
+from small_runs import SMALL_TOML
 from typer.testing import CliRunner
 
 from flare_clef.cli import app
@@ -14,17 +15,12 @@ from flare_clef.organs import ORGAN_BY_INDEX
 from flare_clef.training.datasets import read_dataset
 
 ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 13)]
-RECIPE = """
+RECIPE = f"""
 [data]
 folders = ["cases"]
 validation = ["aside"]
 grid = 32
-[network]
-widths = [4, 8]
-encoder_convs = [1, 1]
-decoder_convs = [1]
-head_channels = 4
-[propagate]
+{SMALL_TOML}[propagate]
 atlases = "atlases"
 organ = "duodenum"
 [[finetune.stages]]
@@ -52,18 +48,22 @@ def test_cases_to_train_on_get_the_organ_and_those_aside_do_not(tmp_path: Path):
     done = train(tmp_path)
     assert done.exit_code == 0, done.output
     assert "propagating the duodenum to 1 case(s)" in done.output
-    assert [case.name for case in read_dataset(tmp_path / "run" / "propagated").cases] == [
-        "lacking"
-    ]
+    assert [
+        case.name for case in read_dataset(tmp_path / "run" / "propagated" / "duodenum").cases
+    ] == ["lacking"]
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     dice = [json.loads(line)["dice"] for line in metrics]
     # Both cases to train on have a duodenum now, so each of the steps has its Dice.
     assert len(dice) == 4 and all(row[11] is not None for row in dice)
     validation = (tmp_path / "run" / "validation.jsonl").read_text()
     assert "liver" in validation and "duodenum" not in validation
-    before = (tmp_path / "run" / "propagated" / "labels" / "lacking.nii.gz").read_bytes()
+    before = (
+        tmp_path / "run" / "propagated" / "duodenum" / "labels" / "lacking.nii.gz"
+    ).read_bytes()
     assert train(tmp_path).exit_code == 0
-    after = (tmp_path / "run" / "propagated" / "labels" / "lacking.nii.gz").read_bytes()
+    after = (
+        tmp_path / "run" / "propagated" / "duodenum" / "labels" / "lacking.nii.gz"
+    ).read_bytes()
     assert before == after
 
 
