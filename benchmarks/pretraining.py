@@ -145,7 +145,7 @@ def main() -> None:
             settings.append(f'finetune.start="{backbone}"')
         run = place / f"{count}_cases_seed_{seed}"
         data = subset(options.data, count, output / f"data_{count}")
-        seconds = train("finetune", run, data, ["pretrain=false", *settings])
+        seconds = train("finetune", run, data, [*settings, "pretrain=false"])
         last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
         result = {
             "variant": variant, "cases": count, "seed": seed, "seconds": round(seconds),

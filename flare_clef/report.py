@@ -95,7 +95,7 @@ def _slide(drawn: list[tuple[Panel, Any]], case: CaseMeasurement) -> Any:
     draw = ImageDraw.Draw(slide)
     low, high = WINDOW_HU
     draw.text((_EDGE, 46), case.case, fill=_WHITE, font=_font(38), anchor="lm")
-    about = f"window {_signed(low)} to {_signed(high)} HU    flare-clef {__version__}    {_NOTICE}"
+    about = f"window {low:.0f} to {high:.0f} HU    flare-clef {__version__}    {_NOTICE}"
     draw.text((_SLIDE[0] - _EDGE, 48), about, fill=_PALE, font=_font(20), anchor="rm")
     for number, (_, picture) in enumerate(drawn):
         slide.paste(picture, _corner(number))
@@ -126,6 +126,8 @@ def _table(draw: Any, corner: tuple[int, int], case: CaseMeasurement) -> None:
         title = ORGAN_BY_NAME[one.organ].title
         draw.text((left + 34, y), title, fill=ink, font=_font(20), anchor="lm")
         for text, x in zip((_volume(one), _mean(one), _sure(one)), columns, strict=True):
+            # The picture's font draws a box for a true minus.
+            text = text.replace("−", "-")
             draw.text((x, y), text, fill=ink, font=_font(20), anchor="rm")
 
 

@@ -110,6 +110,27 @@ def test_nothing_found(value, tmp_path: Path):
     assert page.read_text(encoding="utf-8").count("not found") >= 13
 
 
+def test_the_slides_font_has_every_character_drawn(tmp_path: Path, monkeypatch):
+    from PIL import ImageDraw, ImageFont
+
+    drawn: set[str] = set()
+    plain = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, *arguments, **options):
+        drawn.update(text)
+        return plain(self, xy, text, *arguments, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    hu, labels = body()
+    hu[labels == LIVER.index] = -31  # a negative mean
+    image = image_from_array(hu, SPACING)
+    case = measure("a", labels, image)
+    write_report(tmp_path / "a", labels, image, case, Path("a.nii.gz"))
+    font = ImageFont.load_default(20)
+    missing = bytes(font.getmask("\uffff"))
+    assert "-" in drawn and [c for c in drawn if bytes(font.getmask(c)) == missing] == []
+
+
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path):
     hu, labels = body()
     image = image_from_array(hu, SPACING)
