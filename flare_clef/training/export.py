@@ -30,6 +30,7 @@ def export(
     steps: int,
     hours: float,
     activation_ranges: dict[str, float] | None = None,
+    operating_points: dict[str, float] | None = None,
 ) -> None:
     """Writes ``network`` with the record of how it was made and what it reached.
 
@@ -48,6 +49,7 @@ def export(
         "trained_on": {case.name: case.source for case in trained_on},
         "validation_dice": table,
         "validation_means": {name: round(v, 4) for name, v in means(table).items()},
+        "operating_points": operating_points or {},
         "notes": recipe["export"]["notes"],
     }
     candidate = path.with_name(f".candidate.{os.getpid()}.{path.name}")

@@ -17,6 +17,7 @@ import torch
 
 from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork, UNet
+from flare_clef.organs import ORGANS
 from flare_clef.training import provenance
 from flare_clef.training.backbone import BACKBONE, load_start, save_backbone
 from flare_clef.training.calibration import calibrate_on
@@ -26,6 +27,7 @@ from flare_clef.training.datasets import read_datasets
 from flare_clef.training.export import export
 from flare_clef.training.finetuning import Finetuning
 from flare_clef.training.loop import Trainer
+from flare_clef.training.operating_points import find_operating_points, move
 from flare_clef.training.overlays import BestAndWorst
 from flare_clef.training.preparing import prepare_all
 from flare_clef.training.pretraining import Pretraining
@@ -254,6 +256,7 @@ def _export(
     grid = plan.stages[-1].grid
     if plan.start_share:
         mix(network, _segmentation_start(run), plan.start_share)
+    points = _move_to_operating_points(run, network, trained, aside, grid)
     shown = BestAndWorst()
     table = validate(network, aside, grid, run.precision, on_case=shown.see) if aside else {}
     for organ, value in means(table).items():
@@ -274,6 +277,7 @@ def _export(
         description,
         table,
         activation_ranges=ranges,
+        operating_points=points,
         trained_on=trained,
         kept_aside=aside,
         precision=run.precision,
@@ -281,6 +285,26 @@ def _export(
         hours=trainer.seconds / 3600,
     )
     run.say(f"wrote {path}")
+
+
+def _move_to_operating_points(
+    run: Run,
+    network: SegmentationNetwork,
+    trained: Sequence[Case],
+    aside: Sequence[Case],
+    grid: int,
+) -> dict[str, float]:
+    if not run.recipe.export.operating_points:
+        return {}
+    # Organs that those kept aside have no labels of keep what training gave them.
+    found = find_operating_points(network, run.prepare(aside or trained), grid, run.precision)
+    move(network, found.offsets)
+    kind = f"{len(aside)} case(s) kept aside" if aside else f"{len(trained)} training case(s)"
+    run.say(
+        f"operating points by {kind}: mean DSC on the network's grid {found.before:.3f} before, "
+        f"{found.left_out:.3f} for a case that did not choose them"
+    )
+    return {o.name: float(v) for o, v in zip(ORGANS, found.offsets, strict=True)}
 
 
 def _segmentation_start(run: Run) -> SegmentationNetwork:

@@ -30,7 +30,7 @@ def describe(recipe: Recipe, cases: Sequence[Case], store: Path) -> dict[str, An
     """All of a run's origin as JSON values; checksums as ``store`` (RUN/prepared) knows them."""
     known = json.loads((store / "checksums.json").read_text())
     return {
-        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "recipe": _as_json(recipe),
         "versions": {
             "flare_clef": __version__,
             "python": platform.python_version(),
@@ -54,6 +54,10 @@ def describe(recipe: Recipe, cases: Sequence[Case], store: Path) -> dict[str, An
     }
 
 
+def _as_json(recipe: Recipe) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
 def source_state(folder: Path) -> dict[str, Any]:
     """The commit that ``folder`` is at and whether files differ from it; {} outside of git."""
 
@@ -74,8 +78,8 @@ def write_run(run: Path, description: dict[str, Any]) -> list[str]:
     changed: list[str] = []
     path = run / FILE_NAME
     if path.is_file():
-        former = read_run(run)["recipe"]
-        changed = _differences(former, description["recipe"])
+        # Built anew: keys that are younger than the run have the value they had then.
+        changed = _differences(_as_json(recipe_of(run)), description["recipe"])
     run.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -69,6 +69,9 @@ class ExportSettings:
     notes: str = ""
     calibration_volumes: int = 0
     """Training volumes that tell the ranges of activations for 8-bit inference; 0: none."""
+    operating_points: bool = False
+    """Move each organ's logit to where Dice is best on the cases kept aside; where none are, on
+    the training cases."""
 
 
 @dataclass(frozen=True)

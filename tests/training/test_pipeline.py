@@ -66,11 +66,16 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     assert {len(s) for c in described["cases"].values() for s in c["sha256"].values()} == {64}
     assert described["versions"].keys() == {"flare_clef", "python", "torch", "numpy"}
 
+    # A key that is younger than the run is no difference.
+    del described["recipe"]["finetune"]["start_share"]
+    (run / "run.json").write_text(json.dumps(described))
+
     # Once more: nothing is trained again, the weights are the same.
     before = (run / "metrics.jsonl").read_text()
     again = call(folder, "run", str(folder / "r.toml"), "--output", str(run))
     assert again.exit_code == 0, again.output
     assert "finetune.seed differs from the recipe this run began with" in again.output
+    assert again.output.count("differs from the recipe") == 1
     assert (run / "metrics.jsonl").read_text() == before
 
     (run / "weights.safetensors").unlink()
@@ -82,7 +87,18 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     exported = call(folder, *arguments)
     assert exported.exit_code == 0, exported.output
     assert "calibrating 8-bit inference on 2 training volume(s)" in exported.output
-    assert load_weights(run / "weights.safetensors").activation_ranges
+    calibrated = load_weights(run / "weights.safetensors")
+    assert calibrated.activation_ranges and calibrated.record["operating_points"] == {}
+
+    points = ("--set", "export.operating_points=true")
+    exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run), *points)
+    assert exported.exit_code == 0, exported.output
+    assert "operating points by 1 case(s) kept aside: mean DSC" in exported.output
+    moved = load_weights(run / "weights.safetensors")
+    offsets = moved.record["operating_points"]
+    assert len(offsets) == 13 and any(offsets.values())
+    difference = moved.tensors["head.2.bias"] - calibrated.tensors["head.2.bias"]
+    assert difference.tolist() == pytest.approx(list(offsets.values()), abs=5e-3)
 
 
 def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypatch):
