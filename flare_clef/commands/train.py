@@ -13,7 +13,7 @@ from flare_clef.commands.train_prepare import prepare
 from flare_clef.commands.train_propagate import propagate
 
 if TYPE_CHECKING:
-    from flare_clef.training.pipeline import Run
+    from flare_clef.training.run import Run
 
 CALIBRATION_VOLUMES = 6
 
@@ -184,7 +184,6 @@ def _train(
     from flare_clef.limits import keep_memory, usable_cores
     from flare_clef.precision import choose_device, choose_precision
     from flare_clef.training.loop import Stopped
-    from flare_clef.training.pipeline import Run
     from flare_clef.training.processes import (
         from_first,
         join_processes,
@@ -192,6 +191,7 @@ def _train(
         rank,
     )
     from flare_clef.training.recipe import load_recipe
+    from flare_clef.training.run import Run
 
     recipe = load_recipe(recipe_path, overrides or ())
     # Who computes activations twice to save memory wants the heap's gaps back, too.

@@ -250,8 +250,8 @@ def test_train_prepare_by_the_command(folder: Path, tmp_path: Path):
 def test_a_training_names_every_fault_of_its_data(folder: Path, tmp_path: Path):
     import torch
 
-    from flare_clef.training.pipeline import Run
     from flare_clef.training.recipe import Recipe
+    from flare_clef.training.run import Run
 
     said: list[str] = []
     run_of = Run(

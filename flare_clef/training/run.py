@@ -1,0 +1,119 @@
+"""A recipe, a folder and this machine: the cases of a run, prepared and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flare_clef.errors import UserError
+from flare_clef.training import provenance
+from flare_clef.training.cases import Case, PreparedCase
+from flare_clef.training.datasets import read_datasets
+from flare_clef.training.preparing import prepare_all
+from flare_clef.training.processes import rank, wait
+from flare_clef.training.propagation_stage import propagate_onto, with_propagated
+from flare_clef.training.recipe import Recipe
+
+
+@dataclass
+class Run:
+    """A recipe, a folder, and how this machine computes."""
+
+    recipe: Recipe
+    base: Path
+    """The folder that paths in the recipe are relative to."""
+    folder: Path
+    precision: str
+    device: torch.device
+    say: Callable[[str], None]
+    data: Sequence[Path] = ()
+    """Folders in place of the recipe's."""
+    quiet: bool = False
+    _propagated: bool = field(default=False, init=False)
+
+    def labelled(self) -> list[Case]:
+        """The cases with labels, also such as ``[propagate]`` makes for those to train on.
+
+        Raises UserError after naming every fault.
+        """
+        folders = list(self.data) or [self.base / f for f in self.recipe.data.folders]
+        if self.recipe.data.phantoms and not self.data:
+            folders.append(self._phantoms())
+        cases = [case for case in self._read(folders) if case.labels is not None]
+        if not cases:
+            names = ", ".join(map(str, folders)) or "data.folders names no folder"
+            raise UserError(f"{names}: no cases with labels; name a folder with --data")
+        return self._with_propagated(cases) if self.recipe.propagate else cases
+
+    def _with_propagated(self, cases: list[Case]) -> list[Case]:
+        assert self.recipe.propagate is not None
+        # Those kept aside are judged by labels that people made.
+        trained, aside = split(self, cases)
+        settings = self.recipe.propagate
+        output = self.folder / "propagated" / settings.organ
+        if rank() == 0 and not self._propagated:
+            propagate_onto(trained, settings, self.base, output, self.say)
+            self._propagated = True
+        wait()
+        return [*with_propagated(trained, settings, output), *aside]
+
+    def _phantoms(self) -> Path:
+        from flare_clef.training.synthetic import make_phantoms
+
+        folder = self.folder / "phantoms"
+        if rank() == 0:
+            make_phantoms(folder, self.recipe.data.phantoms, lambda name: self.say(f"made {name}"))
+        wait()
+        return folder
+
+    def unlabelled(self) -> list[Case]:
+        """Further scans for pre-training."""
+        return self._read([self.base / folder for folder in self.recipe.data.unlabelled])
+
+    def prepare(self, cases: Sequence[Case]) -> list[PreparedCase]:
+        """Prepared volumes, made where they are missing; all bad cases are named."""
+        if rank() == 0:
+            result = prepare_all(cases, self.folder / "prepared", self.recipe.data.grid)
+            for warning in result.warnings:
+                self.say(f"warning: {warning}")
+            for problem in result.problems:
+                self.say(f"flare-clef: {problem}")
+            if result.problems:
+                raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
+        wait()
+        return prepare_all(cases, self.folder / "prepared", self.recipe.data.grid).prepared
+
+    def describe(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Writes and returns the run's record; says what changed since it began."""
+        description = provenance.describe(self.recipe, cases, self.folder / "prepared")
+        if rank() == 0:
+            for key in provenance.write_run(self.folder, description):
+                self.say(f"warning: {key} differs from the recipe this run began with")
+        return description
+
+    def _read(self, folders: Sequence[Path]) -> list[Case]:
+        dataset = read_datasets(folders)
+        if len(dataset.problems) == 1:
+            raise UserError(dataset.problems[0])
+        if dataset.problems:
+            for problem in dataset.problems:
+                self.say(f"flare-clef: {problem}")
+            raise UserError(f"{len(dataset.problems)} problem(s) in the data, named above")
+        return list(dataset.cases)
+
+    def draw(self, picture: Callable[[], object]) -> None:
+        """Draws; a training goes on where a picture cannot be drawn."""
+        try:
+            picture()
+        except UserError as error:
+            self.say(f"warning: {error}")
+
+
+def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Cases to train on, and those kept aside."""
+    aside = run.recipe.data.kept_aside(case.name for case in cases)
+    return [c for c in cases if c.name not in aside], [c for c in cases if c.name in aside]
