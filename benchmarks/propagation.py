@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from flare_clef.errors import UserError
-from flare_clef.images import labels_to_sitk, read_image
+from flare_clef.images import read_image
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.fusion import dsc
 from flare_clef.training.propagation import Workshop, find_atlases, organ_weights, vote_on
 from flare_clef.training.registration import Grid
+from flare_clef.writing import labels_to_sitk
 
 THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
 STEPS = {

@@ -226,7 +226,7 @@ def _write(
     measure_volumes: bool,
     extras: Extras | None,
 ) -> CaseResult:
-    from flare_clef.images import write_labels
+    from flare_clef.writing import write_labels
 
     began = time.perf_counter()
     result.warnings = found.warnings

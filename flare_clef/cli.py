@@ -66,8 +66,8 @@ def _options(
 
 def _leave(code: int) -> NoReturn:
     """Ends the process now: threads that read, write or compute are not waited for."""
-    if "flare_clef.images" in sys.modules:
-        sys.modules["flare_clef.images"].remove_temporary_files()
+    if "flare_clef.writing" in sys.modules:
+        sys.modules["flare_clef.writing"].remove_temporary_files()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -17,10 +17,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import Image, write_bytes
+from flare_clef.images import Image
 from flare_clef.organs import ORGANS, Organ
 from flare_clef.preparation import canonical_axes
 from flare_clef.version import __version__
+from flare_clef.writing import write_bytes
 
 PERCENTILES = (5, 25, 75, 95)
 

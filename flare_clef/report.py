@@ -12,11 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flare_clef.images import Image, write_bytes
+from flare_clef.images import Image
 from flare_clef.measurements import CaseMeasurement, OrganMeasurement
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.report_pictures import PANEL, WINDOW_HU, Panel, panels, scene
 from flare_clef.version import __version__
+from flare_clef.writing import write_bytes
 
 if TYPE_CHECKING:
     import numpy as np

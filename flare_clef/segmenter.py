@@ -16,13 +16,7 @@ import numpy as np
 import torch
 
 from flare_clef.errors import UserError
-from flare_clef.images import (
-    Image,
-    image_from_array,
-    image_from_sitk,
-    labels_to_sitk,
-    read_image,
-)
+from flare_clef.images import Image, image_from_array, image_from_sitk, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
 from flare_clef.limits import available_memory_bytes, keep_memory, usable_cores
@@ -31,6 +25,7 @@ from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
 from flare_clef.restoration import mean_confidence, restore
 from flare_clef.weights import load_weights
+from flare_clef.writing import labels_to_sitk
 
 if TYPE_CHECKING:
     import SimpleITK as sitk

@@ -13,8 +13,9 @@ import SimpleITK as sitk
 from conftest import write_scan
 
 from flare_clef.formats import itksnap_labels, nifti_extension, slicer_colours
-from flare_clef.images import image_from_array, read_image, write_labels
+from flare_clef.images import image_from_array, read_image
 from flare_clef.organs import ORGANS
+from flare_clef.writing import write_labels
 
 LABELS = (np.arange(20 * 40 * 44).reshape(20, 40, 44) % 14).astype(np.uint8)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from pathlib import Path
 
@@ -14,16 +13,9 @@ from conftest import body_hu, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flare_clef import images
 from flare_clef.errors import UserError
-from flare_clef.images import (
-    find_inputs,
-    image_from_array,
-    output_name,
-    read_image,
-    strip_suffix,
-    write_labels,
-)
+from flare_clef.images import find_inputs, image_from_array, output_name, read_image, strip_suffix
+from flare_clef.writing import write_labels
 
 
 def refused(path: Path) -> str:
@@ -320,35 +312,6 @@ def test_strip_suffix():
     assert strip_suffix("a.b.NII.GZ") == ("a.b", ".NII.GZ")
     assert strip_suffix("notes.txt") == ("notes.txt", "")
     assert strip_suffix(".nii.gz") == (".nii.gz", "")
-
-
-@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch, suffix: str):
-    image = image_from_array(body_hu(), (1.0, 1.0, 1.0))
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        write_labels(np.zeros(image.array.shape, np.uint8), image, tmp_path / f"l{suffix}")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_output_folder_that_is_a_file(tmp_path: Path):
-    (tmp_path / "out").write_text("")
-    image = image_from_array(body_hu(), (1.0, 1.0, 1.0))
-    with pytest.raises(UserError, match="cannot be written"):
-        write_labels(np.zeros(image.array.shape, np.uint8), image, tmp_path / "out" / "l.nii.gz")
-
-
-def test_files_under_way_are_removed_on_the_way_out(tmp_path: Path):
-    with images._written_beside(tmp_path / "l.nii.gz") as temporary:
-        temporary.write_bytes(b"half")
-        images.remove_temporary_files()
-        assert list(tmp_path.iterdir()) == []
-        temporary.write_bytes(b"whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["l.nii.gz"]
 
 
 def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, tilt: float = 0.0):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from flare_clef.images import read_image, write_labels
+from flare_clef.images import read_image
 from flare_clef.nrrd import geometry_lines
+from flare_clef.writing import write_labels
 
 HEADER = b"""NRRD0005
 # a comment: space origin: (9,9,9)

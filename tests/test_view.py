@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from flare_clef.cli import app
 from flare_clef.errors import UserError
-from flare_clef.images import image_from_array, read_image, write_labels
+from flare_clef.images import image_from_array, read_image
 from flare_clef.organs import ORGANS
 from flare_clef.view import read_pair, terminal_text, view
+from flare_clef.writing import write_labels
 
 
 def pair(folder: Path) -> tuple[Path, Path]:

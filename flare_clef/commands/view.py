@@ -49,8 +49,8 @@ def view(
     result = shown(image, found, plane, slice)
     where = f"{plane} slice {result.slice} of 0 to {result.slices - 1}"
     if output is not None:
-        from flare_clef.images import write_bytes
         from flare_clef.report import annotated_png
+        from flare_clef.writing import write_bytes
 
         write_bytes(output, annotated_png(result.panel))
         typer.echo(f"{output}  {where}")

@@ -20,7 +20,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import labels_to_sitk, read_image, strip_suffix, write_bytes, write_labels
+from flare_clef.images import read_image, strip_suffix
 from flare_clef.organs import Organ
 from flare_clef.training.atlas_store import (
     load_maps,
@@ -35,6 +35,7 @@ from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, calibrate, possible_values
 from flare_clef.training.registration import Grid, nearness_weights
+from flare_clef.writing import labels_to_sitk, write_bytes, write_labels
 
 SPACING_MM = 4.0
 CALIBRATION_ATLASES = 8

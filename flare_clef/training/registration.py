@@ -15,8 +15,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import labels_to_sitk, read_image
+from flare_clef.images import read_image
 from flare_clef.organs import ORGANS
+from flare_clef.writing import labels_to_sitk
 
 LEAST_COMMON_ORGANS = 4
 """Twelve numbers of an affine map need four centres."""

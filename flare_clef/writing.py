@@ -1,0 +1,118 @@
+"""Writes label maps and files beside them: whole or not at all.
+
+Arrays are (z, y, x).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from flare_clef import nifti, nrrd
+from flare_clef.errors import UserError
+from flare_clef.formats import slicer_keys
+from flare_clef.images import ITK_NIFTI, Image, itk_reason, strip_suffix
+
+
+def labels_to_sitk(labels: np.ndarray, like: Image) -> sitk.Image:
+    """``labels`` (z, y, x) as a SimpleITK image with the geometry of ``like``."""
+    image = sitk.GetImageFromArray(labels)
+    image.SetSpacing(like.spacing_mm)
+    image.SetOrigin(like.origin_mm)
+    image.SetDirection(like.direction)
+    return image
+
+
+_temporary: set[Path] = set()
+
+
+def remove_temporary_files() -> None:
+    """Removes what a write that is under way has made so far, on the way out of the process."""
+    for path in list(_temporary):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when all went well."""
+    suffix = strip_suffix(path.name)[1]
+    temporary = path.with_name(f".flare-clef.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")
+    _temporary.add(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _temporary.discard(temporary)
+
+
+def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = True) -> None:
+    """Writes uint8 ``labels`` (z, y, x) with the geometry of ``like``, atomically.
+
+    The suffix decides the format; NIfTI and NRRD carry the organs' names and colours, unless
+    ``named`` is False (masks whose 1 is not the liver). From NIfTI to NIfTI, and from NRRD to
+    NRRD, the header's geometry is repeated bit for bit. Raises UserError where the file cannot
+    be written; nothing is left behind then.
+    """
+    suffix = strip_suffix(path.name)[1].lower()
+    if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
+        raise UserError(f"{path}: labels are written as .nii.gz, .nii, .mha or .nrrd")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(path) as temporary:
+            if suffix.startswith(".nii"):
+                header = like.nifti_header or _itk_header(like, temporary)
+                _write_nifti(labels, header, temporary, suffix == ".nii.gz", named)
+                return
+            image = labels_to_sitk(labels, like)
+            if suffix == ".nrrd" and named:
+                for key, value in slicer_keys(image.GetSize()).items():
+                    image.SetMetaData(key, value)
+            sitk.WriteImage(image, str(temporary), True, 1)
+            if suffix == ".nrrd" and like.nrrd_geometry:
+                nrrd.repeat_geometry(temporary, like.nrrd_geometry)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written ({itk_reason(error)})") from None
+
+
+def _itk_header(like: Image, temporary: Path) -> bytes:
+    """The header that ITK gives to a scan that came from another format."""
+    # The next scan is being read meanwhile.
+    with ITK_NIFTI:
+        sitk.WriteImage(labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like), str(temporary))
+    header = nifti.read_header(temporary)
+    assert header is not None  # ITK writes NIfTI-1
+    return header.raw
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically. Raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool, named: bool) -> None:
+    # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("wb"))
+        if compress:
+            file = stack.enter_context(gzip.GzipFile("", "wb", 1, file, mtime=0))
+        file.write(nifti.label_header(labels.shape, like, named=named))
+        for plane in labels:
+            file.write(np.ascontiguousarray(plane))
