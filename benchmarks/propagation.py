@@ -20,7 +20,8 @@ from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.fusion import dsc
-from flare_clef.training.propagation import Workshop, find_atlases, organ_weights, vote_on
+from flare_clef.training.propagated_files import vote_on
+from flare_clef.training.propagation import Workshop, find_atlases, organ_weights
 from flare_clef.training.registration import Grid
 from flare_clef.writing import labels_to_sitk
 
