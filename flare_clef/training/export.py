@@ -38,7 +38,7 @@ def export(
     the trainer's validation. Raises UserError, and writes nothing, where ``predict`` with the
     file does not repeat that table on the first case kept aside.
     """
-    recipe = description["recipe"]
+    recipe = without_places(description["recipe"])
     record: dict[str, Any] = {
         **description["versions"],
         "machine": description["machine"]["processor"],
@@ -69,6 +69,20 @@ def export(
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         candidate.unlink(missing_ok=True)
+
+
+def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """``recipe`` with the last part of every path alone: weights travel, folders need not."""
+    data = {
+        key: [Path(folder).name for folder in value] if key in ("folders", "unlabelled") else value
+        for key, value in recipe["data"].items()
+    }
+    finetune = {**recipe["finetune"], "start": Path(recipe["finetune"]["start"]).name}
+    propagate = recipe["propagate"] and {
+        **recipe["propagate"],
+        "atlases": Path(recipe["propagate"]["atlases"]).name,
+    }
+    return {**recipe, "data": data, "finetune": finetune, "propagate": propagate}
 
 
 def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str) -> None:

@@ -112,7 +112,7 @@ def finetune(run: Run) -> Path:
         network = trainer.run()
     path = run.folder / WEIGHTS
     if rank() == 0:
-        _export(run, trainer, network, description, path)
+        _export(run, trainer, network, description, (trained, aside), path)
     wait()
     return path
 
@@ -120,7 +120,7 @@ def finetune(run: Run) -> Path:
 def export_run(run: Run) -> Path:
     """Exports the network that the run's checkpoint holds, finished or not."""
     cases = run.labelled()
-    trained, _ = split(run, cases)
+    trained, aside = split(run, cases)
     trainer = Finetuning(
         run.recipe.finetune,
         run.prepare(trained),
@@ -132,10 +132,10 @@ def export_run(run: Run) -> Path:
         raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
     path = run.folder / WEIGHTS
     description = provenance.read_run(run.folder)
-    # These two may be decided after the training.
+    # These may be decided after the training.
     description["recipe"]["finetune"]["start_share"] = run.recipe.finetune.start_share
     description["recipe"]["export"] = asdict(run.recipe.export)
-    _export(run, trainer, trainer.result(), description, path)
+    _export(run, trainer, trainer.result(), description, (trained, aside), path)
     return path
 
 
@@ -144,14 +144,19 @@ def _export(
     trainer: Finetuning,
     network: SegmentationNetwork,
     description: dict[str, Any],
+    cases: tuple[Sequence[Case], Sequence[Case]],
     path: Path,
 ) -> None:
-    trained, aside = split(run, run.labelled())
+    """Of the first process alone: nothing in here may wait for the others."""
+    trained, aside = cases
     plan = run.recipe.finetune
     grid = plan.stages[-1].grid
     if plan.start_share:
         mix(network, _segmentation_start(run), plan.start_share)
-    points = _move_to_operating_points(run, network, trained, aside, grid)
+    points = {}
+    if run.recipe.export.operating_points:
+        chosen, whose = (aside, "case(s) kept aside") if aside else (trained, "training case(s)")
+        points = _move_to_operating_points(run, network, chosen, whose, grid)
     shown = BestAndWorst()
     table = validate(network, aside, grid, run.precision, on_case=shown.see) if aside else {}
     for organ, value in means(table).items():
@@ -165,7 +170,7 @@ def _export(
         run.say(f"calibrating 8-bit inference on {count} training volume(s)")
         # Spread over the cases, whose names often follow their sources.
         chosen = [trained[round(i * (len(trained) - 1) / max(1, count - 1))] for i in range(count)]
-        ranges = calibrate_on(network, run.prepare(chosen), grid)
+        ranges = calibrate_on(network, run.prepare_here(chosen), grid)
     export(
         path,
         network,
@@ -183,22 +188,16 @@ def _export(
 
 
 def _move_to_operating_points(
-    run: Run,
-    network: SegmentationNetwork,
-    trained: Sequence[Case],
-    aside: Sequence[Case],
-    grid: int,
+    run: Run, network: SegmentationNetwork, cases: Sequence[Case], whose: str, grid: int
 ) -> dict[str, float]:
-    if not run.recipe.export.operating_points:
-        return {}
-    # Organs that those kept aside have no labels of keep what training gave them.
-    found = find_operating_points(network, run.prepare(aside or trained), grid, run.precision)
+    """The offset of each organ's logit. Organs that ``cases`` have no labels of keep 0."""
+    found = find_operating_points(network, run.prepare_here(cases), grid, run.precision)
     move(network, found.offsets)
-    kind = f"{len(aside)} case(s) kept aside" if aside else f"{len(trained)} training case(s)"
-    run.say(
-        f"operating points by {kind}: mean DSC on the network's grid {found.before:.3f} before, "
-        f"{found.left_out:.3f} for a case that did not choose them"
-    )
+    line = f"operating points by {len(cases)} {whose}: mean DSC on the network's grid"
+    line += f" {found.before:.3f} without"
+    if len(cases) > 1:
+        line += f", {found.left_out:.3f} for a case that did not choose them"
+    run.say(line)
     return {o.name: float(v) for o, v in zip(ORGANS, found.offsets, strict=True)}
 
 

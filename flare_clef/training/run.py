@@ -75,17 +75,21 @@ class Run:
         return self._read([self.base / folder for folder in self.recipe.data.unlabelled])
 
     def prepare(self, cases: Sequence[Case]) -> list[PreparedCase]:
-        """Prepared volumes, made where they are missing; all bad cases are named."""
-        if rank() == 0:
-            result = prepare_all(cases, self.folder / "prepared", self.recipe.data.grid)
-            for warning in result.warnings:
-                self.say(f"warning: {warning}")
-            for problem in result.problems:
-                self.say(f"flare-clef: {problem}")
-            if result.problems:
-                raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
+        """Prepared volumes, made where they are missing; called by every process."""
+        made = [] if rank() else self.prepare_here(cases)
         wait()
-        return prepare_all(cases, self.folder / "prepared", self.recipe.data.grid).prepared
+        return self.prepare_here(cases) if rank() else made
+
+    def prepare_here(self, cases: Sequence[Case]) -> list[PreparedCase]:
+        """:meth:`prepare` for one process, which waits for none. Names all bad cases."""
+        result = prepare_all(cases, self.folder / "prepared", self.recipe.data.grid)
+        for warning in result.warnings:
+            self.say(f"warning: {warning}")
+        for problem in result.problems:
+            self.say(f"flare-clef: {problem}")
+        if result.problems:
+            raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
+        return result.prepared
 
     def describe(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Writes and returns the run's record; says what changed since it began."""

@@ -45,7 +45,7 @@ def test_labels_that_are_too_large_get_an_offset_below_zero() -> None:
     table = points.dice_by_offset(logits, labels, np.arange(13) == 0)
     assert table[0, NONE] == pytest.approx(2 * 3 / (5 + 3))
     found = points.choose(table[None])
-    # -0.75 is the first of the candidates that takes 0.6 away; to -2.75 nothing changes.
+    # -0.75 is the first of the candidates that takes 0.6 away.
     assert found.offsets[0] == -0.75
     assert (found.offsets[1:] == 0).all()
     assert np.isnan(found.left_out)

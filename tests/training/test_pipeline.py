@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,7 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     record = load_weights(run / "weights.safetensors").record
     assert len(record["trained_on"]) == 2 and len(record["validation_dice"]) == 1
     assert record["recipe"]["finetune"]["seed"] == 3
+    assert str(folder) not in json.dumps(record) and record["recipe"]["data"]["folders"] == ["data"]
     for name in ("curves.png", "best.pt", "validation/best.png", "metrics.jsonl"):
         assert (run / name).is_file(), name
     described = json.loads((run / "run.json").read_text())
@@ -99,6 +102,22 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     assert len(offsets) == 13 and any(offsets.values())
     difference = moved.tensors["head.2.bias"] - calibrated.tensors["head.2.bias"]
     assert difference.tolist() == pytest.approx(list(offsets.values()), abs=5e-3)
+
+
+def test_two_processes_train_and_the_first_exports(folder: Path):
+    """What the first does alone, points and ranges among it, must not wait for the second."""
+    run = folder / "two"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+        "-m", "flare_clef", "train", "finetune", str(folder / "r.toml"), "--output", str(run),
+        "--set", "finetune.batch=2", "--set", "pretrain=false",
+        "--set", "export.calibration_volumes=1", "--set", "export.operating_points=true",
+        "--precision", "fp32", "--threads", "1",
+    ]  # fmt: skip
+    done = subprocess.run(command, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = load_weights(run / "weights.safetensors")
+    assert written.activation_ranges and len(written.record["operating_points"]) == 13
 
 
 def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypatch):
