@@ -67,7 +67,7 @@ def test_int8_labels_agree_with_fp32(labels):
 def test_an_unseen_case_does_not_get_worse(labels):
     """Kept aside by the recipe; the floors lie 0.03 below what the shipped weights reach."""
     truth = read_image(DATA / "train" / "labels" / "btcv_28.nii.gz").array
-    floors = {1: 0.92, 2: 0.88, 3: 0.91, 4: 0.77, 5: 0.86, 11: 0.86, 13: 0.81}
+    floors = {1: 0.93, 2: 0.90, 3: 0.92, 4: 0.73, 5: 0.88, 11: 0.88, 13: 0.87}
     names = [ORGAN_BY_INDEX[i].name for i in floors]
     scores = dice_per_organ(labels, truth, names)
     assert all(scores[ORGAN_BY_INDEX[i].name] >= floor for i, floor in floors.items()), scores
