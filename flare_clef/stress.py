@@ -125,6 +125,23 @@ def agreement(
     return {name: scores[name] if here[ORGAN_BY_NAME[name].index] else None for name in organs}
 
 
+def found_though_cut_off(
+    labels: np.ndarray, reference: np.ndarray, organs: Sequence[str], spacing_mm: Sequence[float]
+) -> dict[str, float]:
+    """Volume in ml that is labelled as an organ of ``organs`` of which nothing is left.
+
+    Its DSC is 0 whether that is a litre or a few voxels.
+    """
+    counts = np.bincount(labels.ravel(), minlength=14)
+    left = np.bincount(reference.ravel(), minlength=14)
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    return {
+        name: round(float(counts[index]) * voxel_ml, 2)
+        for name, index in ((name, ORGAN_BY_NAME[name].index) for name in organs)
+        if counts[index] and not left[index]
+    }
+
+
 def mean_dsc(scores: dict[str, float | None]) -> float | None:
     """Over the organs that there are."""
     values = [score for score in scores.values() if score is not None]

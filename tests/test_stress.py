@@ -80,6 +80,15 @@ def test_agreement_leaves_out_what_is_in_neither() -> None:
     assert stress.mean_dsc({"aorta": None}) is None
 
 
+def test_what_is_found_where_an_organ_was_cut_off() -> None:
+    labels, reference = np.zeros((1, 1, 6), np.uint8), np.zeros((1, 1, 6), np.uint8)
+    labels[..., :3], reference[..., 1:4] = 1, 1
+    labels[..., 4:] = 3  # two voxels of 2 x 5 x 10 mm
+    organs = ["liver", "spleen", "aorta"]
+    found = stress.found_though_cut_off(labels, reference, organs, (2.0, 5.0, 10.0))
+    assert found == {"spleen": 0.2}
+
+
 def test_command(tmp_path: Path, tiny_weights: Path) -> None:
     path = write_scan(tmp_path / "scan.nii.gz")
     ran = CliRunner().invoke(

@@ -49,7 +49,8 @@ def stress(
     """Segment SCAN as a user might have it: cropped, coarser, turned, shifted, noisy.
 
     Each row is one change; figures are DSC against LABELS on what is left of
-    the body. An organ found where it was cut off counts as 0.
+    the body. An organ found where it was cut off counts as 0; a line says
+    how many ml of it were found.
 
     Example: flare-clef stress scan.nii.gz labels.nii.gz --output sheet
     """
@@ -57,7 +58,7 @@ def stress(
     from flare_clef.images import read_image
     from flare_clef.organs import ORGANS
     from flare_clef.orientation import ORIENTATIONS
-    from flare_clef.stress import agreement, mean_dsc, perturbations
+    from flare_clef.stress import agreement, found_though_cut_off, mean_dsc, perturbations
 
     _require_measure()
     image = read_image(scan)
@@ -79,14 +80,16 @@ def stress(
     if not organs:
         raise UserError(f"{labels or scan}: no organ to compare with; give labels that hold some")
     table: Table = {}
+    false_ml: dict[str, dict[str, float]] = {}
     failures: dict[str, str] = {}
     if truth is not None:
         table["as it is"] = agreement(plain, truth, organs)
         _print_row("as it is", mean_dsc(table["as it is"]), table["as it is"])
     guises = perturbations(ORIENTATIONS) if all_orientations else perturbations()
     for guise in guises:
+        changed = guise.change(image)
         try:
-            found = segmenter.segment(guise.change(image)).labels
+            found = segmenter.segment(changed).labels
         except UserError as error:
             failures[guise.name] = str(error)
             typer.echo(f"flare-clef: {guise.name}: {error}", err=True)
@@ -94,10 +97,14 @@ def stress(
         compared = guise.on_labels(_as_labels(image, reference)).array
         table[guise.name] = agreement(found, compared, organs)
         _print_row(guise.name, mean_dsc(table[guise.name]), table[guise.name])
+        false_ml[guise.name] = found_though_cut_off(found, compared, organs, changed.spacing_mm)
+        if false_ml[guise.name]:
+            parts = ", ".join(f"{name} {ml:.1f} ml" for name, ml in false_ml[guise.name].items())
+            typer.echo(f"{'':<22} cut off, found all the same: {parts}")
     against = "labels" if truth is not None else "the result on the scan as it is"
     typer.echo(f"DSC against {against}.")
     if output is not None and table:
-        _write(table, failures, str(scan), against, output)
+        _write(table, false_ml, failures, str(scan), against, output)
     if failures:
         raise typer.Exit(EXIT_FAILED)
 
@@ -126,7 +133,14 @@ def _print_row(name: str, mean: float | None, scores: dict[str, float | None]) -
     typer.echo(f"{name:<22} mean {'–' if mean is None else f'{mean:.3f}'}  {shown}")
 
 
-def _write(table: Table, failures: dict[str, str], scan: str, against: str, folder: Path) -> None:
+def _write(
+    table: Table,
+    false_ml: dict[str, dict[str, float]],
+    failures: dict[str, str],
+    scan: str,
+    against: str,
+    folder: Path,
+) -> None:
     from flare_clef.evaluation import write_text
     from flare_clef.stress import mean_dsc
     from flare_clef.stress_plots import draw_heat_map
@@ -143,6 +157,7 @@ def _write(table: Table, failures: dict[str, str], scan: str, against: str, fold
         "against": against,
         "mean": {name: mean_dsc(scores) for name, scores in table.items()},
         "dsc": table,
+        "found_though_cut_off_ml": {name: found for name, found in false_ml.items() if found},
         "failures": failures,
     }
     write_text(folder / "stress.json", json.dumps(result, indent=1) + "\n")

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork, UNet
 from flare_clef.organs import ORGANS
@@ -153,7 +155,9 @@ def _export(
     grid = plan.stages[-1].grid
     if plan.start_share:
         mix(network, _segmentation_start(run), plan.start_share)
-    points = {}
+    points = dict(run.recipe.export.offsets)
+    if points:
+        move(network, np.array([points.get(organ.name, 0.0) for organ in ORGANS]))
     if run.recipe.export.operating_points:
         chosen, whose = (aside, "case(s) kept aside") if aside else (trained, "training case(s)")
         points = _move_to_operating_points(run, network, chosen, whose, grid)

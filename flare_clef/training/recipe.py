@@ -72,6 +72,8 @@ class ExportSettings:
     operating_points: bool = False
     """Move each organ's logit to where Dice is best on the cases kept aside; where none are, on
     the training cases."""
+    offsets: dict[str, float] = field(default_factory=dict)
+    """Offsets of organs' logits that another run chose: for a last run with no case kept aside."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ def _problem(recipe: Recipe) -> str | None:
             return f"propagate.organ = {propagate.organ!r}: one of {', '.join(ORGAN_BY_NAME)}"
         if not propagate.atlases:
             return "propagate.atlases: name a folder of label maps that have the organ"
+    for name in recipe.export.offsets:
+        if name not in ORGAN_BY_NAME:
+            return f"export.offsets: {name!r} is no organ; they are {', '.join(ORGAN_BY_NAME)}"
+    if recipe.export.offsets and recipe.export.operating_points:
+        return "export.offsets: with operating_points = true offsets are found; leave one out"
     if plan.loss not in ("softmax", "sigmoid"):
         return f"finetune.loss = {plan.loss!r}: must be 'softmax' or 'sigmoid'"
     grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}

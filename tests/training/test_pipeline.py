@@ -103,6 +103,15 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     difference = moved.tensors["head.2.bias"] - calibrated.tensors["head.2.bias"]
     assert difference.tolist() == pytest.approx(list(offsets.values()), abs=5e-3)
 
+    # Those that another run chose, for a run with no case kept aside.
+    named = ("--set", "export.offsets={liver=-0.5, duodenum=0.25}")
+    exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run), *named)
+    assert exported.exit_code == 0, exported.output
+    moved = load_weights(run / "weights.safetensors")
+    assert moved.record["operating_points"] == {"liver": -0.5, "duodenum": 0.25}
+    difference = moved.tensors["head.2.bias"] - calibrated.tensors["head.2.bias"]
+    assert difference.tolist() == pytest.approx([-0.5, *[0] * 10, 0.25, 0], abs=5e-3)
+
 
 def test_two_processes_train_and_the_first_exports(folder: Path):
     """What the first does alone, points and ranges among it, must not wait for the second."""
