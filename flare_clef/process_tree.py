@@ -101,16 +101,11 @@ class _CpuTotal:
 
 
 class _Process:
-    """One process of the tree. Its open files stay tied to it even if the PID is used again."""
+    """One process of the tree. Its open file stays tied to it even if the PID is used again."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.stat_file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-        try:
-            self.statm_file = os.open(f"/proc/{pid}/statm", os.O_RDONLY)
-        except OSError:
-            os.close(self.stat_file)
-            raise
         self.sightings = 0
         self.rss_bytes = 0
         self.shared_bytes = 0
@@ -120,7 +115,6 @@ class _Process:
 
     def close(self) -> None:
         os.close(self.stat_file)
-        os.close(self.statm_file)
 
 
 class LinuxTree:
@@ -159,7 +153,7 @@ class LinuxTree:
         for process in list(self._members.values()):
             try:
                 fields = _stat_fields(os.pread(process.stat_file, 1024, 0))
-                pages = int(os.pread(process.statm_file, 128, 0).split()[1])
+                pages = int(fields[21])  # resident
             except (OSError, IndexError, ValueError):  # gone
                 self._unshare(process)
                 self._forget(process)
@@ -269,7 +263,7 @@ class LinuxTree:
 
 def _stat_fields(text: bytes) -> list[bytes]:
     """``/proc/PID/stat`` from the third field (state) on; the second may hold anything."""
-    return text[text.rindex(b")") + 2 :].split()
+    return text[text.rindex(b")") + 2 :].split(None, 22)
 
 
 def _kilobytes(text: bytes, name: bytes) -> int:
