@@ -24,6 +24,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
+from flare_clef.evaluation_summary import intervals_of_means
 from flare_clef.images import Image, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.organs import ORGANS
@@ -56,9 +57,11 @@ def look_twice(network: FoldedNetwork, volume: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def label(network: FoldedNetwork, case: Case, image: Image) -> tuple[np.ndarray, list[str]]:
+def label(
+    network: FoldedNetwork, case: Case, image: Image, grid: int
+) -> tuple[np.ndarray, list[str]]:
     """(z, y, x) uint8 labels of ``case``, 255 where undecided, and the organs they name."""
-    prepared = prepare(image.array, image.direction, 192, spacing_mm=image.spacing_mm)
+    prepared = prepare(image.array, image.direction, grid, spacing_mm=image.spacing_mm)
     assert prepared is not None
     volume, placement = prepared
     logits = look_twice(network, volume)
@@ -95,7 +98,7 @@ def label_all(weights: Path, folders: list[Path], output: Path) -> None:
         if case.name in entries:
             continue
         image = read_image(case.image)
-        result, organs = label(network, case, image)
+        result, organs = label(network, case, image, loaded.grid)
         link = output / "images" / f"{case.name}_0000.nii.gz"
         if not link.exists():
             link.symlink_to(case.image.resolve())
@@ -114,7 +117,6 @@ def compare(runs: list[Path]) -> None:
     tables = [
         json.loads((run / "validation.jsonl").read_text().splitlines()[-1])["dice"] for run in runs
     ]
-    draws = np.random.default_rng(0)
     print("| organ | without | with | difference | 95 % interval |")
     print("| --- | --- | --- | --- | --- |")
     rows = {}
@@ -128,7 +130,7 @@ def compare(runs: list[Path]) -> None:
     ]
     for name, (without, with_) in rows.items():
         pairs = np.subtract(with_, without)
-        low, high = np.quantile(draws.choice(pairs, (10_000, len(pairs))).mean(1), [0.025, 0.975])
+        low, high = intervals_of_means(pairs[:, None])[0] or (np.nan, np.nan)
         print(
             f"| {name} | {np.mean(without):.3f} | {np.mean(with_):.3f} | {pairs.mean():+.3f} | "
             f"{low:+.3f} to {high:+.3f} |"

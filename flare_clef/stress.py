@@ -128,9 +128,10 @@ def agreement(
 def found_though_cut_off(
     labels: np.ndarray, reference: np.ndarray, organs: Sequence[str], spacing_mm: Sequence[float]
 ) -> dict[str, float]:
-    """Volume in ml that is labelled as an organ of ``organs`` of which nothing is left.
+    """By name, the volume in ml that is labelled as an organ of which nothing is left.
 
-    Its DSC is 0 whether that is a litre or a few voxels.
+    ``labels`` and ``reference``: uint8 (z, y, x) on the same grid, of ``spacing_mm`` per axis.
+    The DSC of such an organ is 0 whether a litre of it is found or a few voxels.
     """
     counts = np.bincount(labels.ravel(), minlength=14)
     left = np.bincount(reference.ravel(), minlength=14)

@@ -153,7 +153,7 @@ def test_shipped_weights_find_the_large_organs() -> None:
     body = make_phantom(PhantomOptions(seed=1))
     found = Segmenter().predict(body.hu, spacing_mm=body.spacing_mm, origin_mm=body.origin_mm)
     for name, least in (
-        ("liver", 0.90), ("right_kidney", 0.75), ("stomach", 0.80), ("spleen", 0.68),
-        ("aorta", 0.65), ("inferior_vena_cava", 0.65), ("left_kidney", 0.30),
+        ("liver", 0.90), ("right_kidney", 0.80), ("stomach", 0.80), ("spleen", 0.72),
+        ("aorta", 0.65), ("inferior_vena_cava", 0.65), ("left_kidney", 0.42),
     ):  # fmt: skip
         assert dice(found, body.labels, ORGAN_BY_NAME[name].index) > least, name

@@ -87,8 +87,8 @@ def stress(
         _print_row("as it is", mean_dsc(table["as it is"]), table["as it is"])
     guises = perturbations(ORIENTATIONS) if all_orientations else perturbations()
     for guise in guises:
-        changed = guise.change(image)
         try:
+            changed = guise.change(image)
             found = segmenter.segment(changed).labels
         except UserError as error:
             failures[guise.name] = str(error)
