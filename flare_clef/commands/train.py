@@ -183,7 +183,6 @@ def _train(
     from flare_clef.errors import UserError
     from flare_clef.limits import keep_memory, usable_cores
     from flare_clef.precision import choose_device, choose_precision
-    from flare_clef.training.loop import Stopped
     from flare_clef.training.processes import (
         from_first,
         join_processes,
@@ -192,6 +191,7 @@ def _train(
     )
     from flare_clef.training.recipe import load_recipe
     from flare_clef.training.run import Run
+    from flare_clef.training.stopping import Stopped
 
     recipe = load_recipe(recipe_path, overrides or ())
     # Who computes activations twice to save memory wants the heap's gaps back, too.

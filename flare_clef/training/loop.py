@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,18 +27,11 @@ from flare_clef.training.checkpoints import load_checkpoint, save_checkpoint
 from flare_clef.training.forward import RunningStatistics, checkpoint_activations
 from flare_clef.training.logs import append_record, forget_steps_from
 from flare_clef.training.processes import from_first, rank, summed, wait, world_size
+from flare_clef.training.stopping import SignalNote, Stopped
 from flare_clef.training.weight_average import WeightAverage
 
 SKIPPED_IN_A_ROW = 10
 """So many steps without a finite loss end a run."""
-
-
-class Stopped(Exception):
-    """A signal ended the run after its step; the checkpoint is written."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
 
 
 class Plan(Protocol):
@@ -111,7 +103,8 @@ class Trainer:
         self.skipped = self.skipped_in_row = 0
         self.seconds = 0.0
         self.ended = False
-        self._signal = self._agreed_signal = 0
+        self._signal = SignalNote()
+        self._agreed_signal = 0
 
     # What subclasses define.
 
@@ -192,7 +185,7 @@ class Trainer:
     def train(self) -> None:
         """Steps to the end of the plan. Raises Stopped after a signal, UserError if it cannot."""
         saved_at = time.monotonic()
-        with self._signals_noted():
+        with self._signal:
             for step, batches in self._batches():
                 began = time.monotonic()
                 self.before_step(step)
@@ -205,7 +198,7 @@ class Trainer:
                 if self.first:
                     self.on_step(record)
                 self.ended = self.after_step(step)
-                stopped_by = self._signal if world_size() == 1 else self._agreed_signal
+                stopped_by = self._signal.number if world_size() == 1 else self._agreed_signal
                 if stopped_by:
                     self.save()
                     wait()
@@ -253,7 +246,7 @@ class Trainer:
             losses.append(float(loss.detach()))
             terms.append(of_batch)
         # All processes must take the same way: they exchange what decides it.
-        shared = torch.tensor([sum(losses), float(self._signal)], dtype=torch.float64)
+        shared = torch.tensor([sum(losses), float(self._signal.number)], dtype=torch.float64)
         shared = summed(shared.to(self.device))
         mean_loss = float(shared[0]) / self._plan.batch
         self._agreed_signal = signal.SIGTERM if shared[1] else 0
@@ -301,27 +294,6 @@ class Trainer:
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return nullcontext()
-
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        former = {kind: signal.getsignal(kind) for kind in kinds}
-
-        def note(signum: int, frame: object) -> None:
-            self._signal = signum
-            signal.signal(signum, former[signal.Signals(signum)])
-
-        for kind in kinds:
-            signal.signal(kind, note)
-        try:
-            yield
-        finally:
-            for kind in kinds:
-                signal.signal(kind, former[kind])
 
     def log(self, name: str, record: dict[str, Any]) -> None:
         """Adds a line to a log of the run. Raises UserError where the disk is full."""

@@ -22,9 +22,10 @@ from flare_clef.network import Architecture
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.finetuning import Finetuning
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
-from flare_clef.training.loop import Stopped, Trainer
+from flare_clef.training.loop import Trainer
 from flare_clef.training.pretraining import Pretraining, PretrainingPlan
 from flare_clef.training.processes import join_processes, leave_processes, rank
+from flare_clef.training.stopping import Stopped
 
 SMALL = Architecture(widths=(4, 8), encoder_convs=(1, 1), decoder_convs=(1,), head_channels=4)
 SMALL_TOML = """[network]
