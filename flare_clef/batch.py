@@ -19,8 +19,6 @@ from flare_clef.formats import ENDINGS, SUFFIX_OF
 from flare_clef.images import SUFFIXES, find_inputs, output_name, read_image, strip_suffix
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from flare_clef.extras import Extras
     from flare_clef.images import Image
     from flare_clef.segmenter import Segmentation, Segmenter
@@ -226,6 +224,7 @@ def _write(
     measure_volumes: bool,
     extras: Extras | None,
 ) -> CaseResult:
+    from flare_clef.metrics import volumes_ml
     from flare_clef.writing import write_labels
 
     began = time.perf_counter()
@@ -237,7 +236,8 @@ def _write(
         else:
             result.warnings += extras.write(result.job, found, image)
         if measure_volumes:
-            result.volume_ml = volumes_ml(found.labels, image.spacing_mm)
+            volumes = volumes_ml(found.labels, image.spacing_mm)
+            result.volume_ml = {name: round(ml, 3) for name, ml in volumes.items()}
         result.status = "done"
     except UserError as problem:
         result.error = str(problem)
@@ -245,19 +245,6 @@ def _write(
         result.error = f"{result.job.target}: cannot be written ({_one_line(problem)})"
     result.seconds["write"] = round(time.perf_counter() - began, 3)
     return result
-
-
-def volumes_ml(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
-    """Volume of each organ in a label map (z, y, x), in millilitres."""
-    import numpy as np
-
-    from flare_clef.organs import ORGANS
-
-    counts = np.zeros(256, dtype=np.int64)
-    for plane in labels:
-        counts += np.bincount(plane.ravel(), minlength=256)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    return {organ.name: round(float(counts[organ.index]) * voxel_ml, 3) for organ in ORGANS}
 
 
 def _one_line(problem: BaseException) -> str:

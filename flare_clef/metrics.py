@@ -83,8 +83,10 @@ def dice_per_organ(
 
 
 def volumes_ml(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
-    """Volume of each of the 13 organs in ml."""
-    voxels = _joint_histogram(labels, labels).diagonal()
+    """Volume of each of the 13 organs of uint8 ``labels`` in ml."""
+    voxels = np.zeros(256, dtype=np.int64)
+    for plane in labels:  # bincount copies what it counts, 8 bytes a voxel
+        voxels += np.bincount(plane.ravel(), minlength=256)
     voxel_ml = _voxel_ml(spacing_mm)
     return {organ.name: float(voxels[organ.index]) * voxel_ml for organ in ORGANS}
 

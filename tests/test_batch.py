@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import write_scan
 
-from flare_clef.batch import Job, plan_jobs, shard, volumes_ml
+from flare_clef.batch import Job, plan_jobs, shard
 from flare_clef.errors import UserError
 
 
@@ -83,13 +82,3 @@ def test_shards_are_disjoint_and_complete(folder: Path):
 def test_bad_shard(text: str):
     with pytest.raises(UserError, match="expected K/N"):
         shard([], text)
-
-
-def test_volumes_ml():
-    labels = np.zeros((4, 5, 6), np.uint8)
-    labels[0, 0, :] = 1
-    labels[2, 1:3, 2] = 13
-    volumes = volumes_ml(labels, (0.5, 2.0, 10.0))  # 10 mm3 a voxel
-    assert volumes["liver"] == 0.06
-    assert volumes["left_kidney"] == 0.02
-    assert sum(volumes.values()) == pytest.approx(0.08)
