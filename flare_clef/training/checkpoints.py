@@ -1,10 +1,14 @@
-"""Checkpoints of a run: written atomically, the last two kept, read without unpickling code."""
+"""Checkpoints of a run: written atomically, the last two kept, read without unpickling code.
+
+They are zip archives, whose own checksums (CRC-32) tell a damaged one.
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from flare_clef.errors import UserError
 LAST = "checkpoint.pt"
 BEFORE = "checkpoint.before.pt"
 BEST = "best.pt"
+DAMAGED = "checkpoint.damaged.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> None:
@@ -47,6 +52,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> No
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint of ``folder`` that can be read, or None if there is none.
 
+    A damaged last one makes room, lest the next takes the place of the good one before it.
     Raises UserError where there are some and none can be read: a run is not begun anew over
     what is left of an older one.
     """
@@ -56,10 +62,26 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")  # type: ignore[no-any-return]
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            state = _read(path)
+        except (
+            *(RuntimeError, EOFError, OSError, ValueError),
+            *(pickle.UnpicklingError, zipfile.BadZipFile),
+        ) as error:
             print(f"{path}: cannot be read ({str(error).splitlines()[0]})", file=sys.stderr)
             damaged.append(path)
+            continue
+        if damaged:
+            os.replace(folder / LAST, folder / DAMAGED)
+        return state
     if damaged:
         raise UserError(f"{damaged[-1]}: no checkpoint of this run can be read; remove {folder}")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # torch does not compare the checksums: a flipped bit would be a wrong number.
+    with zipfile.ZipFile(path) as archive:
+        spoilt = archive.testzip()
+    if spoilt is not None:
+        raise ValueError(f"the checksum of {spoilt} is wrong")
+    return torch.load(path, weights_only=True, map_location="cpu")  # type: ignore[no-any-return]

@@ -45,7 +45,9 @@ def freeze_statistics(
         layer.momentum = None
     with torch.no_grad(), forward_precision(precision, device):
         for volume in volumes:
-            network(volume.to(device))
+            # One bad case must not spoil all that follows; its own steps will name it.
+            if torch.isfinite(volume).all():
+                network(volume.to(device))
     for layer in layers:
         layer.momentum = 0.1
         layer.eval()
@@ -209,7 +211,7 @@ class Finetuning(Trainer):
         return fmean(losses)
 
     def _keep_best(self, value: float, done: int) -> bool:
-        if not (self.best is None or value < self.best):
+        if not (math.isfinite(value) and (self.best is None or value < self.best)):
             return False
         self.best = value
         if self.first:

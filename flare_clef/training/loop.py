@@ -10,7 +10,6 @@ the same parameters, to the bit, as one that was not.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +25,8 @@ from flare_clef.errors import UserError
 from flare_clef.training.checkpoints import load_checkpoint, save_checkpoint
 from flare_clef.training.forward import RunningStatistics, checkpoint_activations
 from flare_clef.training.logs import append_record, forget_steps_from
-from flare_clef.training.processes import from_first, rank, summed, wait, world_size
-from flare_clef.training.stopping import SignalNote, Stopped
+from flare_clef.training.processes import from_first, gathered, rank, summed, wait, world_size
+from flare_clef.training.stopping import KINDS, SignalNote, Stopped
 from flare_clef.training.weight_average import WeightAverage
 
 SKIPPED_IN_A_ROW = 10
@@ -103,6 +102,9 @@ class Trainer:
         self.skipped = self.skipped_in_row = 0
         self.seconds = 0.0
         self.ended = False
+        """Early stopping has ended the run; a longer plan does not go on with it."""
+        self._spoilt: dict[str, None] = {}
+        """Cases without a finite loss since the last good step, in their order."""
         self._signal = SignalNote()
         self._agreed_signal = 0
 
@@ -208,7 +210,6 @@ class Trainer:
                 if from_first(time.monotonic() - saved_at > self.checkpoint_seconds):
                     self.save()
                     saved_at = time.monotonic()
-        self.ended = True
         self.save()
         wait()
 
@@ -246,26 +247,35 @@ class Trainer:
             losses.append(float(loss.detach()))
             terms.append(of_batch)
         # All processes must take the same way: they exchange what decides it.
-        shared = torch.tensor([sum(losses), float(self._signal.number)], dtype=torch.float64)
+        heard = [float(self._signal.number == kind) for kind in KINDS]
+        shared = torch.tensor([sum(losses), *heard], dtype=torch.float64)
         shared = summed(shared.to(self.device))
         mean_loss = float(shared[0]) / self._plan.batch
-        self._agreed_signal = signal.SIGTERM if shared[1] else 0
+        self._agreed_signal = next((k for k, n in zip(KINDS, shared[1:], strict=True) if n), 0)
         clip = self._plan.gradient_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), clip))
         usable = math.isfinite(norm) and math.isfinite(mean_loss)
+        names = [batch.case for batch in batches]
         if usable:
+            self._spoilt.clear()
             self.optimizer.step()
             self.statistics.write(summed(after) / self._plan.batch)
             self.average.update(step)
             self.skipped_in_row = 0
         else:
             self.statistics.write(before)
+            bad = [
+                name for name, loss in zip(names, losses, strict=True) if not math.isfinite(loss)
+            ]
+            # Of a gradient that is not finite any case of the step may be the cause.
+            names = [name for part in gathered(bad) for name in part] or names
+            self._spoilt.update(dict.fromkeys(names))
             self.skipped += 1
             self.skipped_in_row += 1
         self.optimizer.zero_grad()
         record = {
             "step": step,
-            "case": " ".join(batch.case for batch in batches),
+            "case": " ".join(names),
             "loss": round(mean_loss, 4) if math.isfinite(mean_loss) else None,
             "lr": rate,
             **_mean_terms(terms),
@@ -285,9 +295,9 @@ class Trainer:
         self.save()
         wait()
         raise UserError(
-            f"{record['case']}: the loss was not a finite number in {SKIPPED_IN_A_ROW} steps in a "
-            f"row, this case the last; the checkpoint of step {self.step} is kept in "
-            f"{self.folder}: look at the case's values, or lower the learning rate"
+            f"{', '.join(self._spoilt)}: the loss was not a finite number in {SKIPPED_IN_A_ROW} "
+            f"steps in a row; the checkpoint of step {self.step} is kept in {self.folder}: look "
+            "at the values of these cases, or lower the learning rate"
         )
 
     def _no_exchange(self) -> AbstractContextManager[Any]:

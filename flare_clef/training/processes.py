@@ -7,11 +7,15 @@ process, and nothing here communicates.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_LONGEST_WAIT = timedelta(days=2)
+"""The first process prepares and judges while the others wait; torch would give up after minutes."""
 
 
 def join_processes(device: torch.device) -> torch.device:
@@ -21,7 +25,8 @@ def join_processes(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_LONGEST_WAIT)
     return device
 
 
@@ -54,6 +59,15 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process holds, by rank, on all."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
 
 
 def wait() -> None:

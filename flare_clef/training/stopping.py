@@ -6,6 +6,8 @@ import signal
 import threading
 from typing import Any
 
+KINDS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Stopped(Exception):
     """A signal ended the run after its step; the checkpoint is written."""
@@ -27,7 +29,7 @@ class SignalNote:
     def __enter__(self) -> SignalNote:
         self._former: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGINT, signal.SIGTERM):
+            for kind in KINDS:
                 self._former[kind] = signal.signal(kind, self._note)
         return self
 

@@ -109,6 +109,26 @@ def test_early_stopping_by_hand(tmp_path: Path, monkeypatch):
     assert again.step == 12
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch):
+    losses = iter([float("nan"), 3.0, 2.0])
+    plan = {"patience_epochs": 2, "weight_average": 0.0}
+    trainer = _finetuning(tmp_path / "run", stages=(Stage(16, epochs=3),), **plan)
+    monkeypatch.setattr(trainer, "validation_loss", lambda grid: next(losses))
+    trainer.run()
+    assert trainer.best == 2.0
+
+
+def test_a_finished_run_goes_on_with_a_longer_plan(tmp_path: Path):
+    whole = _finetuning(tmp_path / "whole", stages=(Stage(16, 6, (1e-3, 1e-3)),))
+    whole.run()
+    _finetuning(tmp_path / "run", stages=(Stage(16, 3, (1e-3, 1e-3)),)).run()
+    longer = _finetuning(tmp_path / "run", stages=(Stage(16, 6, (1e-3, 1e-3)),))
+    assert longer.step == 3
+    longer.run()
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, longer.network.state_dict()[name]), name
+
+
 def test_spoilt_case_is_skipped_and_ten_in_a_row_end_the_run(tmp_path: Path):
     plan = FinetuningPlan(stages=(Stage(16, 30, augmentation=None),))
     good, bad = small_cases(tmp_path / "good"), small_cases(tmp_path / "bad", spoilt=True)
@@ -118,8 +138,9 @@ def test_spoilt_case_is_skipped_and_ten_in_a_row_end_the_run(tmp_path: Path):
     assert all(torch.isfinite(t).all() for t in mixed.network.state_dict().values())
     hopeless = Finetuning(plan, bad, tmp_path / "hopeless", architecture=SMALL)
     before = {k: v.clone() for k, v in hopeless.network.state_dict().items()}
-    with pytest.raises(UserError, match=r"case\d: the loss was not a finite number in 10 steps"):
+    with pytest.raises(UserError, match="the loss was not a finite number in 10 steps") as ended:
         hopeless.train()
+    assert all(case.case.name in str(ended.value) for case in bad)
     saved = load_checkpoint(tmp_path / "hopeless")
     assert saved is not None and saved["step"] == 10 and saved["skipped"] == 10
     for name, tensor in saved["network"].items():

@@ -15,7 +15,7 @@ from flare_clef.errors import UserError
 from flare_clef.training.augmentation import AugmentationSettings, augment, draw_affine
 from flare_clef.training.batches import draw_order
 from flare_clef.training.cases import find_cases, prepare_case
-from flare_clef.training.checkpoints import BEFORE, LAST, load_checkpoint, save_checkpoint
+from flare_clef.training.checkpoints import BEFORE, DAMAGED, LAST, load_checkpoint, save_checkpoint
 from flare_clef.training.finetuning import Finetuning, freeze_statistics
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.recipe import load_recipe
@@ -200,7 +200,21 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, capsys):
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:50])
     assert load_checkpoint(tmp_path)["step"] == 1
     assert "cannot be read" in capsys.readouterr().err
-    assert {p.name for p in tmp_path.iterdir()} == {LAST, BEFORE}
+    # The next one does not take the place of the only good one.
+    save_checkpoint(tmp_path, {"step": 3})
+    (tmp_path / LAST).write_bytes(b"")
+    assert load_checkpoint(tmp_path)["step"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {BEFORE, DAMAGED}
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path, capsys):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step, "x": torch.zeros(1000)})
+    content = bytearray((tmp_path / LAST).read_bytes())
+    content[content.index(bytes(2000)) + 1000] ^= 1
+    (tmp_path / LAST).write_bytes(content)
+    assert load_checkpoint(tmp_path)["step"] == 1
+    assert "checksum of" in capsys.readouterr().err
 
 
 def _plan(steps: int) -> FinetuningPlan:
