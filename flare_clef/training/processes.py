@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LONGEST_WAIT = timedelta(days=2)
-"""The first process prepares and judges while the others wait; torch would give up after minutes."""
+"""The first process prepares and judges while the others wait; torch gives up after minutes."""
 
 
 def join_processes(device: torch.device) -> torch.device:

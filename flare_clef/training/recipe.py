@@ -16,10 +16,10 @@ from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture
-from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.finetuning_plan import FinetuningPlan
 from flare_clef.training.pretraining import PretrainingPlan
 from flare_clef.training.propagation_stage import PropagationSettings
+from flare_clef.training.recipe_rules import problem_of
 
 try:
     import tomllib  # type: ignore[import-not-found]
@@ -102,94 +102,10 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     for text in overrides:
         _override(table, text)
     recipe = build(Recipe, table, str(path))
-    problem = _problem(recipe)
+    problem = problem_of(recipe)
     if problem:
         raise UserError(f"{path}: {problem}")
     return recipe
-
-
-def _problem(recipe: Recipe) -> str | None:
-    """The first impossible value: key, value and what is allowed."""
-    plan, data, pretrain = recipe.finetune, recipe.data, recipe.pretrain
-    divisor = recipe.network.divisor
-    if not plan.stages:
-        return "finetune.stages: no stage; at least one is needed"
-    if (propagate := recipe.propagate) is not None:
-        if propagate.organ not in ORGAN_BY_NAME:
-            return f"propagate.organ = {propagate.organ!r}: one of {', '.join(ORGAN_BY_NAME)}"
-        if not propagate.atlases:
-            return "propagate.atlases: name a folder of label maps that have the organ"
-    for name in recipe.export.offsets:
-        if name not in ORGAN_BY_NAME:
-            return f"export.offsets: {name!r} is no organ; they are {', '.join(ORGAN_BY_NAME)}"
-    if recipe.export.offsets and recipe.export.operating_points:
-        return "export.offsets: with operating_points = true offsets are found; leave one out"
-    if plan.loss not in ("softmax", "sigmoid"):
-        return f"finetune.loss = {plan.loss!r}: must be 'softmax' or 'sigmoid'"
-    grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}
-    rules: list[tuple[str, float, bool, str]] = []
-    for number, stage in enumerate(plan.stages):
-        where = f"finetune.stages[{number}]"
-        if bool(stage.steps) == bool(stage.epochs):
-            return f"{where}: steps = {stage.steps}, epochs = {stage.epochs}: 1 or more of one"
-        rules += [
-            (f"{where}.steps", stage.steps, stage.steps >= 0, "1 or more"),
-            (f"{where}.epochs", stage.epochs, stage.epochs >= 0, "1 or more"),
-            (f"{where}.block", stage.block,
-             stage.block == 0 or (2 * divisor <= stage.block <= stage.grid
-                                  and stage.block % divisor == 0),
-             f"0, or a multiple of {divisor} from {2 * divisor} to its grid"),
-            (f"{where}.freeze_after", stage.freeze_after, 0 <= stage.freeze_after <= 1, "0 to 1"),
-            (f"{where}.learning_rate", min(stage.learning_rate), min(stage.learning_rate) > 0,
-             "above 0"),
-        ]  # fmt: skip
-    rules += [
-        ("finetune.batch", plan.batch, plan.batch >= 1, "1 or more"),
-        ("finetune.patience_epochs", plan.patience_epochs, plan.patience_epochs >= 0,
-         "0 or more"),
-        ("finetune.weight_average", plan.weight_average, 0 <= plan.weight_average < 1,
-         "0 or more and below 1"),
-        ("finetune.start_share", plan.start_share, 0 <= plan.start_share < 1,
-         "0 or more and below 1"),
-        ("finetune.gradient_clip", plan.gradient_clip, plan.gradient_clip >= 0, "0 or more"),
-        ("finetune.warmup_steps", plan.warmup_steps, plan.warmup_steps >= 0, "0 or more"),
-        ("finetune.repeats", min(plan.repeats.values(), default=0),
-         min(plan.repeats.values(), default=0) >= 0, "0 or more each"),
-        ("data.grid", data.grid, data.grid >= divisor, f"{divisor} or more"),
-        ("data.phantoms", data.phantoms, data.phantoms >= 0, "0 or more"),
-        ("data.folds", data.folds, data.folds == 0 or data.folds >= 2, "0 or 2 and more"),
-        ("data.fold", data.fold, 0 <= data.fold < max(data.folds, 1), "below data.folds"),
-        ("export.calibration_volumes", recipe.export.calibration_volumes,
-         recipe.export.calibration_volumes >= 0, "0 or more"),
-        ("validate_every_steps", recipe.validate_every_steps, recipe.validate_every_steps >= 1,
-         "1 or more"),
-    ]  # fmt: skip
-    if pretrain is not None:
-        grids["pretrain.grid"] = pretrain.grid
-        rules += [
-            (f"pretrain.{key}", getattr(pretrain, key), getattr(pretrain, key) >= least,
-             f"{least} or more")
-            for key, least in (
-                ("steps", 0), ("batch", 1), ("features", 2), ("anchors", 1), ("leaves", 1),
-                ("points", 1), ("far_mm", 0), ("decoding_weight", 0),
-                ("discriminativeness_weight", 0), ("equivariance_weight", 0),
-                ("gradient_clip", 0), ("epochs", 0 if pretrain.steps else 1),
-            )
-        ]  # fmt: skip
-        rules += [
-            ("pretrain.rate", pretrain.rate, pretrain.rate > 0, "above 0"),
-            ("pretrain.margin", pretrain.margin, -1 <= pretrain.margin <= 1, "-1 to 1"),
-            ("pretrain.weight_average", pretrain.weight_average,
-             0 <= pretrain.weight_average < 1, "0 or more and below 1"),
-        ]  # fmt: skip
-    for key, grid in grids.items():
-        # Normalisation needs more than one voxel at the bottom.
-        allowed = grid >= 2 * divisor and grid % divisor == 0
-        rules.append((key, grid, allowed, f"a multiple of {divisor}, at least {2 * divisor}"))
-    for key, value, fine, allowed_words in rules:
-        if not fine:
-            return f"{key} = {value}: must be {allowed_words}"
-    return None
 
 
 def _override(table: dict[str, Any], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,24 @@ def test_bad_pairs_are_named(tmp_path: Path):
          "export.offsets: 'colon' is no organ"),
         ("[export]\noperating_points = true\noffsets = {liver = 1}\n"
          "[finetune]\nstages = [{grid = 64, steps = 1}]", "leave one out"),
+        ("[finetune]\nce_share = -1.0\nstages = [{grid = 64, steps = 1}]",
+         "finetune.ce_share = -1.0: must be 0 or more"),
+        ("[finetune]\nce_share = 0\ndice_share = 0\nstages = [{grid = 64, steps = 1}]",
+         "ce_share = 0.0 and dice_share = 0.0: one must be above 0"),
+        ("[finetune]\nseed = 99999999999999999999\nstages = [{grid = 64, steps = 1}]",
+         "finetune.seed = 99999999999999999999: must be 0 to 1000000000"),
+        ("[finetune]\nstages = [{grid = 64, steps = 1, augmentation = {noise_hu = -5}}]",
+         "stages[0].augmentation.noise_hu = -5.0: must be 0 or more"),
+        ("[finetune]\nstages = [{grid = 64, steps = 1, augmentation = {blur_probability = 7}}]",
+         "stages[0].augmentation.blur_probability = 7.0: must be 0 to 1"),
+        ("[finetune]\nstages = [{grid = 64, steps = 1, augmentation = {view_cut = 3}}]",
+         "stages[0].augmentation.view_cut = 3.0: must be 0 or more and below 1"),
+        ("[network]\nhead_channels = 0\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "network.head_channels = 0: must be 1 or more"),
+        ("[network]\nclasses = 4\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "network.classes = 4: must be 13"),
+        ("[data]\nfolds = 5\nvalidation = ['a']\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "data.validation: with folds = 5 a fold is kept aside; leave one out"),
         ("[network]\nwidths = [4]", "encoder_convs needs one number per level"),
         ("not toml", "not TOML"),
     ],
@@ -170,7 +189,8 @@ def test_air_stays_air():
 def test_frozen_statistics_are_the_mean_over_the_volumes():
     network = lively_network(TINY)
     volumes = [torch.rand(1, 1, 16, 16, 16) * 2 - 1 for _ in range(3)]
-    freeze_statistics(network, volumes, "fp32")
+    spoilt = torch.full((1, 1, 16, 16, 16), math.nan)
+    freeze_statistics(network, [volumes[0], spoilt, *volumes[1:]], "fp32")
     first = network.backbone.encoder[0][0]
     with torch.no_grad():
         means = [first.conv(volume).mean((0, 2, 3, 4)) for volume in volumes]
