@@ -189,6 +189,7 @@ def _train(
         leave_processes,
         rank,
     )
+    from flare_clef.training.provenance import computing_of
     from flare_clef.training.recipe import load_recipe
     from flare_clef.training.run import Run
     from flare_clef.training.stopping import Stopped
@@ -204,8 +205,12 @@ def _train(
     wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
     if wanted in ("fp16", "int8"):
         raise UserError(f"--precision {wanted}: training knows auto, fp32 and bf16")
-    # Timings differ from process to process: the first one's hold.
-    chosen, why = from_first(choose_precision(wanted, place, cores))
+    former = computing_of(output, place.type)
+    if wanted == "auto" and former:
+        chosen, why = former["precision"], "as this run began; --precision changes it"
+    else:
+        # Timings differ from process to process: the first one's hold.
+        chosen, why = from_first(choose_precision(wanted, place, cores))
 
     def say(text: str) -> None:
         if rank() == 0:
@@ -213,6 +218,11 @@ def _train(
 
     if not quiet:
         say(f"{place}, {cores} thread(s), {chosen} ({why})")
+    if former and (former["precision"], former["threads"]) != (chosen, cores):
+        say(
+            f"warning: this run began with {former['precision']} on {former['threads']} "
+            "thread(s); what comes now differs from it by rounding"
+        )
     try:
         action(Run(recipe, recipe_path.parent, output, chosen, place, say, data or (), quiet))
     except Stopped as stopped:

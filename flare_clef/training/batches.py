@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flare_clef.errors import UserError
 from flare_clef.training.augmentation import augment
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
@@ -20,6 +21,8 @@ def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]
     """Cases in the order in which steps see them: each in turn, every round in a new order."""
     generator = torch.Generator().manual_seed(plan.seed)
     weights = torch.tensor([plan.repeats.get(c.case.name, 1.0) for c in cases])
+    if not weights.any():
+        raise UserError("finetune.repeats: 0 for every case; name at least one with more")
     order: list[int] = []
     due = torch.zeros(len(cases))
     wanted = plan.steps * plan.batch

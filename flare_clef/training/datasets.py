@@ -84,7 +84,9 @@ def read_dataset(folder: Path) -> Dataset:
         return _read_ours(folder)
     plain = _images(folder)
     if plain:
-        return Dataset(tuple(Case(name, path, None, ()) for name, path in plain.items()))
+        sources = _sources(folder)
+        cases = [Case(n, p, None, (), source=sources.get(n, "")) for n, p in plain.items()]
+        return Dataset(tuple(cases))
     parts = [part for part in sorted(folder.iterdir()) if _is_challenge_part(part)]
     if parts:
         return read_datasets(parts)
@@ -186,6 +188,18 @@ def _read_cases_json(folder: Path) -> tuple[dict[str, Any] | None, Path]:
     if not isinstance(own, dict):
         raise UserError(f"{listed}: {folder.name}: must be a table of cases")
     return own, listed
+
+
+def _sources(folder: Path) -> dict[str, str]:
+    """Where the scans of a folder without labels are from, as a ``cases.json`` near it says."""
+    if folder.resolve().name == "images":
+        folder = folder.resolve().parent
+    entries, _ = _read_cases_json(folder)
+    return {
+        name: str(entry.get("source", ""))
+        for name, entry in (entries or {}).items()
+        if isinstance(entry, dict)
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
+from flare_clef.training.provenance import PRETRAINING_CASES
 from flare_clef.training.validation import DiceTable, means
 from flare_clef.weights import save_weights
 
@@ -47,6 +48,7 @@ def export(
         "recipe": recipe,
         "source": description["source"],
         "trained_on": {case.name: case.source for case in trained_on},
+        **_earlier(description),
         "validation_dice": table,
         "validation_means": {name: round(v, 4) for name, v in means(table).items()},
         "operating_points": operating_points or {},
@@ -69,6 +71,17 @@ def export(
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         candidate.unlink(missing_ok=True)
+
+
+def _earlier(description: dict[str, Any]) -> dict[str, Any]:
+    """What else made the weights: the run's own pre-training, and recipes since changed."""
+    recipe, found = description["recipe"], dict[str, Any]()
+    if recipe["pretrain"] and not recipe["finetune"]["start"]:
+        cases = description.get(PRETRAINING_CASES, {})
+        found["pretrained_on"] = {name: case["source"] for name, case in cases.items()}
+    if former := description.get("earlier"):
+        found["earlier_recipes"] = [without_places(one["recipe"]) for one in former]
+    return found
 
 
 def without_places(recipe: dict[str, Any]) -> dict[str, Any]:

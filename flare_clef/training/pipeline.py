@@ -49,7 +49,7 @@ def pretrain(run: Run) -> Path:
     trained, _ = split(run, run.labelled())
     cases = trained + run.unlabelled()
     prepared = run.prepare(cases)
-    run.describe(cases)
+    run.describe(cases, provenance.PRETRAINING_CASES)
     plan = plan.for_cases(len(prepared))
     run.say(f"pre-training: {len(prepared)} scan(s), {plan.steps} steps at {plan.grid}^3")
     trainer = Pretraining(

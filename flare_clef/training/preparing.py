@@ -147,15 +147,15 @@ class Store:
         return Made(PreparedCase(case, entry, spacing), warnings)
 
     def _key(self, case: Case) -> str:
-        files = [self._checksum(path) for path in (case.image, case.labels) if path is not None]
+        files = [self.checksum(path) for path in (case.image, case.labels) if path is not None]
         # What the case claims decides whether it is refused: a refused claim must not be
         # answered by an entry made under another one.
         parts = [STORE_FORMAT, self.grid, *files, sorted(case.organs), case.renumbering]
         if case.chances is not None:
-            parts += [case.propagated, self._checksum(case.chances)]
+            parts += [case.propagated, self.checksum(case.chances)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _checksum(self, path: Path) -> str:
+    def checksum(self, path: Path) -> str:
         """SHA-256 of a file; remembered with size and time, since 2,000 scans are 60 GB."""
         try:
             status = path.stat()

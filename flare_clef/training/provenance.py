@@ -1,7 +1,7 @@
 """``run.json``: what a run was made from, written when it begins.
 
-The resolved recipe, versions, the state of the source, and for each case its files and their
-checksums.
+The resolved recipe, versions, the state of the source, how it is computed, and for each case
+its files and their checksums; what a run was made from before that changed stays.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,22 @@ import torch
 
 from flare_clef.errors import UserError
 from flare_clef.training.cases import Case
+from flare_clef.training.preparing import Store
+from flare_clef.training.processes import world_size
 from flare_clef.training.recipe import Recipe, build
 from flare_clef.version import __version__
 
 FILE_NAME = "run.json"
+CASES, PRETRAINING_CASES = "cases", "pretraining_cases"
 
 
-def describe(recipe: Recipe, cases: Sequence[Case], store: Path) -> dict[str, Any]:
-    """All of a run's origin as JSON values; checksums as ``store`` (RUN/prepared) knows them."""
-    known = json.loads((store / "checksums.json").read_text())
+def describe(
+    recipe: Recipe, cases: Mapping[str, Sequence[Case]], store: Store, precision: str, device: str
+) -> dict[str, Any]:
+    """All of a run's origin as JSON values. ``cases``: by ``CASES`` or ``PRETRAINING_CASES``.
+
+    Raises UserError where a file of theirs cannot be read.
+    """
     return {
         "recipe": _as_json(recipe),
         "versions": {
@@ -38,19 +45,27 @@ def describe(recipe: Recipe, cases: Sequence[Case], store: Path) -> dict[str, An
             "numpy": np.__version__,
         },
         "machine": {"system": platform.system(), "processor": platform.machine()},
-        "source": source_state(Path(__file__).parent),
-        "cases": {
-            case.name: {
-                "organs": list(case.organs),
-                "source": case.source,
-                "sha256": {
-                    path.name: known[str(path.resolve())][-1]
-                    for path in (case.image, case.labels, case.chances)
-                    if path is not None and str(path.resolve()) in known
-                },
-            }
-            for case in cases
+        "computing": {
+            "device": device, "precision": precision, "threads": torch.get_num_threads(),
+            "processes": world_size(),
         },
+        "source": source_state(Path(__file__).parent),
+        **{what: _as_listed(some, store) for what, some in cases.items()},
+    }  # fmt: skip
+
+
+def _as_listed(cases: Sequence[Case], store: Store) -> dict[str, Any]:
+    return {
+        case.name: {
+            "organs": list(case.organs),
+            "source": case.source,
+            "sha256": {
+                path.name: store.checksum(path)
+                for path in (case.image, case.labels, case.chances)
+                if path is not None
+            },
+        }
+        for case in cases
     }
 
 
@@ -73,13 +88,24 @@ def source_state(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_run(run: Path, description: dict[str, Any]) -> list[str]:
-    """Writes ``run.json``; returns the keys of the recipe that differ from the run's former one."""
-    changed: list[str] = []
+def write_run(run: Path, description: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Writes ``run.json``; returns what it holds now, and a line for each change of the origin.
+
+    What another stage noted stays. Where the recipe or the data are not those of before, the
+    record of before is kept in ``earlier``: the weights come from both.
+    """
+    changes: list[str] = []
     path = run / FILE_NAME
     if path.is_file():
+        former = read_run(run)
         # Built anew: keys that are younger than the run have the value they had then.
-        changed = _differences(_as_json(recipe_of(run)), description["recipe"])
+        keys = _differences(_as_json(recipe_of(run)), description["recipe"])
+        changes = [f"{key} differs from the recipe this run began with" for key in keys]
+        for what in (CASES, PRETRAINING_CASES):
+            if what in former and what in description:
+                changes += _data_changes(former[what], description[what])
+        earlier = former.pop("earlier", [])
+        description = {**former, **description, "earlier": earlier + [former] * bool(changes)}
     run.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -89,7 +115,32 @@ def write_run(run: Path, description: dict[str, Any]) -> list[str]:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return changed
+    return description, changes
+
+
+def _data_changes(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    kinds = {
+        "added": present.keys() - former.keys(),
+        "gone": former.keys() - present.keys(),
+        # Records of before this was noted have no checksums of the cases kept aside.
+        "changed": {
+            name
+            for name in former.keys() & present.keys()
+            if former[name]["sha256"] and former[name]["sha256"] != present[name]["sha256"]
+        },
+    }
+    return [
+        f"{len(names)} case(s) {kind} since this run began: {', '.join(sorted(names)[:5])}"
+        + (", ..." if len(names) > 5 else "")
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def computing_of(run: Path, device: str) -> dict[str, Any]:
+    """How a run was computed: ``precision``, ``threads``; {} if on another kind of device."""
+    noted = read_run(run).get("computing", {}) if (run / FILE_NAME).is_file() else {}
+    return noted if noted.get("device") == device else {}
 
 
 def _differences(former: Any, present: Any, where: str = "") -> list[str]:

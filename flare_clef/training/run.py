@@ -13,7 +13,7 @@ from flare_clef.errors import UserError
 from flare_clef.training import provenance
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.datasets import read_datasets
-from flare_clef.training.preparing import prepare_all
+from flare_clef.training.preparing import Store, prepare_all
 from flare_clef.training.processes import rank, wait
 from flare_clef.training.propagation_stage import propagate_onto, with_propagated
 from flare_clef.training.recipe import Recipe
@@ -34,20 +34,37 @@ class Run:
     """Folders in place of the recipe's."""
     quiet: bool = False
     _propagated: bool = field(default=False, init=False)
+    _found: list[Case] | None = field(default=None, init=False)
 
     def labelled(self) -> list[Case]:
         """The cases with labels, also such as ``[propagate]`` makes for those to train on.
 
         Raises UserError after naming every fault.
         """
-        folders = list(self.data) or [self.base / f for f in self.recipe.data.folders]
-        if self.recipe.data.phantoms and not self.data:
-            folders.append(self._phantoms())
-        cases = [case for case in self._read(folders) if case.labels is not None]
+        cases = [case for case in self._given() if case.labels is not None]
         if not cases:
-            names = ", ".join(map(str, folders)) or "data.folders names no folder"
+            names = ", ".join(map(str, self._folders())) or "data.folders names no folder"
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
         return self._with_propagated(cases) if self.recipe.propagate else cases
+
+    def unlabelled(self) -> list[Case]:
+        """Further scans for pre-training: those of the data without labels, data.unlabelled's."""
+        cases = [case for case in self._given() if case.labels is None]
+        known = {case.image.resolve() for case in cases}
+        further = self._read([self.base / folder for folder in self.recipe.data.unlabelled])
+        return cases + [case for case in further if case.image.resolve() not in known]
+
+    def _folders(self) -> list[Path]:
+        return list(self.data) or [self.base / folder for folder in self.recipe.data.folders]
+
+    def _given(self) -> list[Case]:
+        """All cases of the data's folders, with and without labels."""
+        if self._found is None:
+            folders = self._folders()
+            if self.recipe.data.phantoms and not self.data:
+                folders.append(self._phantoms())
+            self._found = self._read(folders)
+        return self._found
 
     def _with_propagated(self, cases: list[Case]) -> list[Case]:
         assert self.recipe.propagate is not None
@@ -70,10 +87,6 @@ class Run:
         wait()
         return folder
 
-    def unlabelled(self) -> list[Case]:
-        """Further scans for pre-training."""
-        return self._read([self.base / folder for folder in self.recipe.data.unlabelled])
-
     def prepare(self, cases: Sequence[Case]) -> list[PreparedCase]:
         """Prepared volumes, made where they are missing; called by every process."""
         made = [] if rank() else self.prepare_here(cases)
@@ -91,13 +104,22 @@ class Run:
             raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
         return result.prepared
 
-    def describe(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Writes and returns the run's record; says what changed since it began."""
-        description = provenance.describe(self.recipe, cases, self.folder / "prepared")
-        if rank() == 0:
-            for key in provenance.write_run(self.folder, description):
-                self.say(f"warning: {key} differs from the recipe this run began with")
-        return description
+    def describe(self, cases: Sequence[Case], what: str = provenance.CASES) -> dict[str, Any]:
+        """Writes and returns the run's record; says what changed since it began.
+
+        ``what`` the cases are for: a key of the record. Only the first process has it.
+        """
+        if rank():
+            return {}
+        store = Store(self.folder / "prepared", self.recipe.data.grid)
+        described = provenance.describe(
+            self.recipe, {what: cases}, store, self.precision, self.device.type
+        )
+        store.save_checksums()
+        described, changes = provenance.write_run(self.folder, described)
+        for change in changes:
+            self.say(f"warning: {change}")
+        return described
 
     def _read(self, folders: Sequence[Path]) -> list[Case]:
         dataset = read_datasets(folders)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import body_hu, write_scan
 from small_runs import SMALL_TOML
 from test_trainer import make_folder
 from typer.testing import CliRunner
@@ -44,6 +45,7 @@ learning_rate = [1e-2, 1e-3]
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     make_folder(folder / "data", 3)
+    write_scan(folder / "data" / "images" / "scan_0000.nii.gz", body_hu((20, 24, 28)))
     (folder / "r.toml").write_text(RECIPE)
     return folder
 
@@ -60,13 +62,19 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     assert (run / "pretraining" / "backbone.safetensors").is_file()
     record = load_weights(run / "weights.safetensors").record
     assert len(record["trained_on"]) == 2 and len(record["validation_dice"]) == 1
+    # Pre-training saw the scan without labels, too, and never the case kept aside.
+    assert record["pretrained_on"].keys() == {*record["trained_on"], "scan"}
+    assert "earlier_recipes" not in record
     assert record["recipe"]["finetune"]["seed"] == 3
     assert str(folder) not in json.dumps(record) and record["recipe"]["data"]["folders"] == ["data"]
     for name in ("curves.png", "best.pt", "validation/best.png", "metrics.jsonl"):
         assert (run / name).is_file(), name
     described = json.loads((run / "run.json").read_text())
     assert described["recipe"]["finetune"]["seed"] == 3
-    assert {len(s) for c in described["cases"].values() for s in c["sha256"].values()} == {64}
+    checksums = [case["sha256"] for case in described["cases"].values()]
+    assert [len(files) for files in checksums] == [2, 2, 2]
+    assert {len(s) for files in checksums for s in files.values()} == {64}
+    assert (described["computing"]["precision"], described["computing"]["threads"]) == ("fp32", 1)
     assert described["versions"].keys() == {"flare_clef", "python", "torch", "numpy"}
 
     # A key that is younger than the run is no difference.
@@ -80,6 +88,12 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     assert "finetune.seed differs from the recipe this run began with" in again.output
     assert again.output.count("differs from the recipe") == 1
     assert (run / "metrics.jsonl").read_text() == before
+    # What the weights were made by stays.
+    now = json.loads((run / "run.json").read_text())
+    assert now["recipe"]["finetune"]["seed"] == 0
+    assert [one["recipe"]["finetune"]["seed"] for one in now["earlier"]] == [3]
+    repeated = load_weights(run / "weights.safetensors").record
+    assert [one["finetune"]["seed"] for one in repeated["earlier_recipes"]] == [3]
 
     (run / "weights.safetensors").unlink()
     exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run))

@@ -254,14 +254,16 @@ def test_a_training_names_every_fault_of_its_data(folder: Path, tmp_path: Path):
     from flare_clef.training.run import Run
 
     said: list[str] = []
-    run_of = Run(
-        Recipe(), tmp_path, tmp_path / "run", "fp32", torch.device("cpu"), said.append, [folder]
-    )
-    assert [case.name for case in run_of.labelled()] == ["a"] and said == []
+
+    def run_of() -> Run:
+        place = torch.device("cpu")
+        return Run(Recipe(), tmp_path, tmp_path / "run", "fp32", place, said.append, [folder])
+
+    assert [case.name for case in run_of().labelled()] == ["a"] and said == []
     for name in ("lonely", "alone"):
         write_scan(folder / "labels" / f"{name}.nii.gz", liver())
     with pytest.raises(UserError, match=r"2 problem\(s\) in the data, named above"):
-        run_of.labelled()
+        run_of().labelled()
     assert ["alone.nii.gz" in said[0], "lonely.nii.gz" in said[1], len(said)] == [True, True, 2]
 
 
