@@ -21,8 +21,9 @@ from flare_clef.images import read_image
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.fusion import dsc
 from flare_clef.training.propagated_files import vote_on
-from flare_clef.training.propagation import Workshop, find_atlases, organ_weights
+from flare_clef.training.propagation import find_atlases, organ_weights
 from flare_clef.training.registration import Grid
+from flare_clef.training.workshop import Workshop
 from flare_clef.writing import labels_to_sitk
 
 THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
@@ -60,10 +61,10 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
             if name in done:
                 continue
             began = time.monotonic()
-            votes, failed = shop.votes({name: maps[name]}, maps, organ, weights)
-            if failed:
-                raise UserError(failed[name])
-            around, collected = votes[name]
+            polled = shop.votes({name: maps[name]}, maps, organ, weights)
+            if polled.failed:
+                raise UserError(polled.failed[name])
+            around, collected = polled.votes[name]
             mean = collected.organ.mean(0)
             grid, path = around.grid, files[name]
             tables = {

@@ -116,6 +116,25 @@ def _link(source: Path, link: Path) -> None:
         raise UserError(f"{link}: cannot be made ({error.strerror or error})") from None
 
 
+def check_output(output: Path) -> None:
+    """Raises UserError where ``output`` holds a training set that is not of propagation."""
+    ours = (output / "store").is_dir() or (output / "summary.json").is_file()
+    if not ours and any((output / kind).exists() for kind in ("images", "labels")):
+        raise UserError(
+            f"{output}: holds images/ or labels/ of others, which would be replaced; name another "
+            "folder with --output"
+        )
+
+
+def remove_others(output: Path, names: set[str]) -> None:
+    """Removes the files of cases of an earlier run that are none of ``names``."""
+    for kind in ("images", "labels", "probabilities"):
+        for path in (output / kind).glob("*"):
+            stem = strip_suffix(path.name)[0]
+            if (stem.removesuffix("_0000") if kind == "images" else stem) not in names:
+                path.unlink(missing_ok=True)
+
+
 def write_records(result: Propagated, cases: dict[str, Case], organ: Organ, output: Path) -> None:
     """``cases.json`` (the folder is a training set) and ``summary.json``."""
     entries: dict[str, dict[str, Any]] = {}

@@ -7,11 +7,8 @@ worth, so that each voxel of a case is the organ, certainly not the organ, or un
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,27 +16,21 @@ import SimpleITK as sitk
 from flare_clef.errors import UserError
 from flare_clef.images import strip_suffix
 from flare_clef.organs import Organ
-from flare_clef.training.atlas_store import (
-    load_maps,
-    load_survey,
-    load_vote,
-    store_maps,
-    store_survey,
-    store_vote,
-)
-from flare_clef.training.atlas_votes import DEFORMED_ATLASES, Surroundings, Votes, collect
+from flare_clef.training.atlas_store import load_maps
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.fusion import calibrate
 from flare_clef.training.propagated_files import (
     Propagated,
     Vote,
+    check_output,
+    remove_others,
     write_case,
     write_records,
 )
-from flare_clef.training.registration import Grid, nearness_weights
+from flare_clef.training.registration import LEAST_COMMON_ORGANS, Grid, nearness_weights
+from flare_clef.training.workshop import Workshop
 from flare_clef.writing import write_labels
 
-SPACING_MM = 4.0
 CALIBRATION_ATLASES = 8
 _LEAST_ATLASES = 3
 
@@ -53,81 +44,6 @@ def find_atlases(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"{place}: no label map in it; expected NAME.nii.gz")
     return found
-
-
-class Workshop:
-    """A pool of processes and the store they share; usable as a context.
-
-    ``on_done`` is told after each finished piece of work what it was.
-    """
-
-    def __init__(
-        self, store: Path, workers: int, on_done: Callable[[str], None] | None = None
-    ) -> None:
-        self.store = store
-        self._tell = on_done or (lambda what: None)
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-
-    def __enter__(self) -> Workshop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _gather(
-        self, work: dict[Future[Path], Any], what: str
-    ) -> tuple[dict[Any, Path], dict[Any, str]]:
-        """Results and error lines, by the work's own key."""
-        done, failed = {}, {}
-        for future in as_completed(work):
-            key = work[future]
-            try:
-                done[key] = future.result()
-            except UserError as error:
-                failed[key] = str(error)
-            except RuntimeError as error:
-                failed[key] = f"registration failed ({str(error).splitlines()[-1].strip()})"
-            self._tell(what)
-        return done, failed
-
-    def maps(self, files: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
-        """Organ maps of label files, by name, and what is wrong with the others."""
-        work = {
-            self._pool.submit(store_maps, path, self.store, SPACING_MM): name
-            for name, path in files.items()
-        }
-        return self._gather(work, "organ maps")
-
-    def votes(
-        self,
-        targets: dict[str, Path],
-        atlases: dict[str, Path],
-        organ: int,
-        weights: dict[int, float],
-    ) -> tuple[dict[str, tuple[Surroundings, Votes]], dict[str, str]]:
-        """By target, the votes of atlases of another name; and failures, a line each."""
-        used = {t: [a for n, a in sorted(atlases.items()) if n != t] for t in targets}
-        work = {
-            self._pool.submit(store_survey, path, used[name], organ, weights, self.store): name
-            for name, path in targets.items()
-        }
-        surveys, failed = self._gather(work, "survey")
-        pairs = {
-            self._pool.submit(
-                store_vote, targets[name], around, used[name][number], organ, weights, self.store
-            ): (name, number)
-            for name, around in surveys.items()
-            for number in load_survey(around).ranking[:DEFORMED_ATLASES]
-        }
-        fitted, unfit = self._gather(pairs, "pair")
-        votes = {}
-        for name, path in surveys.items():
-            own = [vote for (target, _), vote in sorted(fitted.items()) if target == name]
-            if own:
-                votes[name] = load_survey(path), collect([load_vote(vote) for vote in own])
-            else:
-                failed[name] = next(text for (target, _), text in unfit.items() if target == name)
-        return votes, failed
 
 
 def organ_weights(atlases: dict[str, Path], organ: int) -> dict[int, float]:
@@ -148,6 +64,7 @@ def propagate(
     A bad atlas or case is a line of ``problems``; the rest is done. Raises UserError where
     nothing can be done at all.
     """
+    check_output(output)
     result = Propagated()
     files = {strip_suffix(path.name)[0]: path for path in find_atlases(atlases)}
     lacking = [case for case in cases if case.labels is not None and organ.name not in case.organs]
@@ -163,24 +80,48 @@ def propagate(
                 f"{_LEAST_ATLASES} are needed"
                 + (f" ({result.problems[0]})" if result.problems else "")
             )
-        targets = {case.name: _in_our_numbers(case, output / "store") for case in lacking}
+        targets = {}
+        for case in lacking:
+            try:
+                targets[case.name] = _in_our_numbers(case, output / "store")
+            except UserError as error:
+                result.problems.append(f"{error}; case left out")
         found, failed = shop.maps(targets)
         result.problems += [f"{text}; case left out" for text in failed.values()]
         names = sorted(kept)
         held = names[:: max(1, len(names) // CALIBRATION_ATLASES)][:CALIBRATION_ATLASES]
         weights = organ_weights(kept, organ.index)
-        tried, _ = shop.votes({name: kept[name] for name in held}, kept, organ.index, weights)
+        tried = shop.votes({name: kept[name] for name in held}, kept, organ.index, weights)
+        result.problems += [
+            f"{files[n]}: {text}; tells nothing" for n, text in tried.failed.items()
+        ]
+        if not tried.votes:
+            raise UserError(
+                f"{atlases}: no label map can be laid over another ({result.problems[-1]})"
+            )
         result.calibration = calibration = calibrate(
-            [votes.fused(around.taken) for around, votes in tried.values()],
-            [_true_organ(kept[n], organ.index, around.grid) for n, (around, _) in tried.items()],
+            [votes.fused(around.taken) for around, votes in tried.votes.values()],
+            [
+                _true_organ(kept[name], organ.index, around.grid)
+                for name, (around, _) in tried.votes.items()
+            ],
         )
-        found_votes, failed = shop.votes(found, kept, organ.index, weights)
+        polled = shop.votes(found, kept, organ.index, weights)
+        result.problems += polled.unfit
+        if polled.votes:
+            result.problems += [
+                f"{files[name]}: shares fewer than {LEAST_COMMON_ORGANS} organs with every case; "
+                "atlas left out"
+                for name in sorted(kept.keys() - polled.placed)
+            ]
         votes = {
             name: Vote(around.grid, votes.fused(around.taken), float(np.mean(votes.agreement)))
-            for name, (around, votes) in found_votes.items()
+            for name, (around, votes) in polled.votes.items()
         }
     by_name = {case.name: case for case in cases}
-    result.problems += [f"{by_name[n].labels}: {text}; left out" for n, text in failed.items()]
+    result.problems += [
+        f"{by_name[name].labels}: {text}; left out" for name, text in polled.failed.items()
+    ]
     for case in cases:
         if case.labels is None or (case in lacking and case.name not in votes):
             continue
@@ -190,6 +131,7 @@ def propagate(
             )
         except UserError as error:
             result.problems.append(f"{error}; case left out")
+    remove_others(output, set(result.cases))
     write_records(result, by_name, organ, output)
     return result
 

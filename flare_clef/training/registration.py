@@ -17,12 +17,11 @@ import SimpleITK as sitk
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.organs import ORGANS
+from flare_clef.training.doubt import UNDECIDED
 from flare_clef.writing import labels_to_sitk
 
 LEAST_COMMON_ORGANS = 4
 """Twelve numbers of an affine map need four centres."""
-_UNDECIDED = 255
-"""``losses.UNDECIDED``, without torch: the processes of a pool start faster."""
 _MARGIN_MM = 12.0
 _CLIP_MM = 12.0
 _NEAR_MM = 80.0
@@ -88,16 +87,18 @@ class OrganMaps:
 def load_organ_maps(path: Path, spacing_mm: float) -> OrganMaps:
     """The organs of the label map at ``path``. Raises UserError, one line."""
     image = read_image(path)
-    array = np.where(image.array == _UNDECIDED, 0, image.array)
-    highest, lowest = array.max(), array.min()
-    if lowest < 0 or highest > len(ORGANS) or array.dtype.kind == "f":
+    with np.errstate(invalid="ignore"):
+        array = image.array.astype(np.uint8)  # some write whole numbers as floats
+    odd = image.array[(array != image.array) | ((array > len(ORGANS)) & (array != UNDECIDED))]
+    if odd.size:
         raise UserError(
-            f"{path}: holds values from {lowest:g} to {highest:g}; only 0 to {len(ORGANS)} name "
-            "organs here; translate its labels first"
+            f"{path}: holds the value {odd.flat[0]:g}; only 0 to {len(ORGANS)} name organs here; "
+            "translate its labels first"
         )
-    if highest == 0:
+    array[array == UNDECIDED] = 0
+    if not array.any():
         raise UserError(f"{path}: no voxel is labelled; leave it out or label it")
-    labels = sitk.DICOMOrient(labels_to_sitk(array.astype(np.uint8), image), "LPS")
+    labels = sitk.DICOMOrient(labels_to_sitk(array, image), "LPS")
     spacing, size = np.array(labels.GetSpacing()), np.array(labels.GetSize())
     corners = np.array(
         [labels.TransformIndexToPhysicalPoint((0, 0, 0))]

@@ -10,6 +10,7 @@ from bodies import body_labels, write_training_set, write_volume
 from typer.testing import CliRunner
 
 from flare_clef.cli import app
+from flare_clef.errors import UserError
 from flare_clef.organs import ORGAN_BY_INDEX
 from flare_clef.training.cases import find_cases, prepare_case
 from flare_clef.training.doubt import CLASSES, UNDECIDED, WEIGHTS
@@ -73,7 +74,7 @@ def test_what_is_bad_is_named_and_the_rest_is_done(run) -> None:  # type: ignore
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
     assert len(lines) == 3
-    assert any("odd.nii.gz: holds values from 77 to 77" in line for line in lines)
+    assert any("odd.nii.gz: holds the value 77;" in line for line in lines)
     assert any("without.nii.gz: holds no duodenum; atlas left out" in line for line in lines)
     assert any("empty.nii.gz: no voxel is labelled" in line for line in lines)
 
@@ -121,3 +122,60 @@ def test_wrong_options_get_one_line(run, option: str, value: str, seen: str) -> 
     value = str(folder / "cases") if value == "CASES" else value
     result = CliRunner().invoke(app, [*command, option, value])
     assert seen in str(result.exception) and "\n" not in str(result.exception)
+
+
+def _propagate(folder: Path, *options: str):  # type: ignore[no-untyped-def]
+    command = ["train", "propagate", "--organ", "duodenum", "--workers", "1", "--quiet"]
+    places = ["--atlases", str(folder / "atlases"), "--cases", str(folder / "cases")]
+    return CliRunner().invoke(app, [*command, *places, "-o", str(folder / "out"), *options])
+
+
+def test_atlases_that_fit_nothing_and_numbers_without_a_meaning(tmp_path: Path) -> None:
+    for seed in range(1, 5):
+        array = body_labels(seed).astype(np.float32)  # whole numbers, as some tools write them
+        write_volume(tmp_path / "atlases" / f"atlas_{seed}.nii.gz", array)
+    few = np.where(np.isin(body_labels(5), (1, 12)), body_labels(5), 0)
+    write_volume(tmp_path / "atlases" / "few.nii.gz", few)
+    truth = np.where(body_labels(0) == 12, 0, body_labels(0)).astype(np.uint8)
+    names = {str(k): ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 13)}
+    raw = tmp_path / "cases"
+    for name, labels in (("good", truth), ("bad", np.where(truth == 4, 77, truth))):
+        write_volume(raw / "imagesTr" / f"{name}_0000.nii.gz", np.full_like(truth, 40, np.int16))
+        write_volume(raw / "labelsTr" / f"{name}.nii.gz", labels)
+    described = {"labels": {"background": 0, **{name: int(k) for k, name in names.items()}}}
+    (raw / "dataset.json").write_text(json.dumps(described | {"channel_names": {"0": "CT"}}))
+
+    result = _propagate(tmp_path)
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 1 and len(lines) == 3, lines
+    assert any("bad.nii.gz: holds the label 77" in line for line in lines)
+    assert sum("few.nii.gz" in line for line in lines) == 2
+    assert any("shares fewer than 4 organs with every case; atlas left out" in x for x in lines)
+    assert [case.name for case in find_cases(tmp_path / "out")] == ["good"]
+
+    # A case that is gone takes its files with it: what is left is a training set.
+    for path in raw.glob("*/good*"):
+        path.rename(path.with_name(path.name.replace("good", "other")))
+    assert _propagate(tmp_path).exit_code == 1
+    assert [case.name for case in find_cases(tmp_path / "out")] == ["other"]
+
+
+def test_a_folder_of_others_is_not_written_to(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, command, *_ = run
+    write_training_set(tmp_path / "own", {"a": body_labels(1)}, {"a": ORGANS})
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "own")])
+    assert "own: holds images/ or labels/ of others" in str(result.exception)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_atlases_that_have_too_little_in_common(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, *_ = run
+    for seed in range(1, 5):
+        labels = body_labels(seed)
+        few = np.where(np.isin(labels, (1, 2, 12)), labels, 0)
+        write_volume(tmp_path / "atlases" / f"{seed}.nii.gz", few)
+    (tmp_path / "cases").symlink_to(folder / "cases")
+    result = _propagate(tmp_path)
+    assert isinstance(result.exception, UserError), result.exception
+    assert "no label map can be laid over another" in str(result.exception)
