@@ -6,7 +6,8 @@
 #SBATCH --time=04:00:00
 # sbatch deploy/slurm-array.sh INPUTS OUTPUTS
 # Task K of N takes every N-th scan from the K-th on; a task that is started again skips what is
-# done. For a GPU add --gres=gpu:1.
+# done. Some tasks of 8 alone: sbatch --array=3,5 deploy/slurm-array.sh INPUTS OUTPUTS 8
+# For a GPU add --gres=gpu:1.
 set -eu
 exec flare-clef predict "$1" "$2" --skip-existing \
-  --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+  --shard "$SLURM_ARRAY_TASK_ID/${3:-$SLURM_ARRAY_TASK_COUNT}"

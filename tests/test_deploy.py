@@ -37,6 +37,10 @@ def test_slurm_tasks_take_each_share_once(fake_command):
         assert said[:4] == ["predict", "in put", "out", "--skip-existing"]
         shares.add(said[-1])
     assert shares == {f"{k}/8" for k in range(8)}
+    # Two tasks of them once more.
+    slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "2"}
+    again = ["sh", str(DEPLOY / "slurm-array.sh"), "in put", "out", "8"]
+    assert run(again, {**fake_command, **slurm})[-1] == "5/8"
 
 
 def test_the_kubernetes_job_is_valid_by_the_schema_of_kubernetes():

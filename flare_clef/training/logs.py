@@ -34,5 +34,13 @@ def forget_steps_from(path: Path, step: int) -> None:
         except ValueError:  # the line at which the run was killed
             continue
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command "
+            "again"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
