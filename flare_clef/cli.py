@@ -6,7 +6,6 @@ only when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -22,7 +21,14 @@ from flare_clef.commands.profile import profile
 from flare_clef.commands.stress import stress
 from flare_clef.commands.train import train
 from flare_clef.commands.view import view
-from flare_clef.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
+from flare_clef.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    UsageError,
+    UserError,
+)
 from flare_clef.version import __version__
 
 SEGMENT, MEASURE = "Segment", "Measure"
@@ -68,9 +74,11 @@ def _leave(code: int) -> NoReturn:
     """Ends the process now: threads that read, write or compute are not waited for."""
     if "flare_clef.writing" in sys.modules:
         sys.modules["flare_clef.writing"].remove_temporary_files()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or EXIT_FAILED
     os._exit(code)
 
 
@@ -80,21 +88,50 @@ def _on_signal(signum: int, frame: object) -> None:
     _leave(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED)
 
 
+def _open_closed_streams() -> None:
+    """A file that is opened next must not get the number of a stream that the caller closed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            while (opened := os.open(os.devnull, os.O_RDWR)) < number:
+                pass
+            stream = os.fdopen(opened, "w" if number else "r", encoding="utf-8")
+            setattr(sys, name, stream)
+
+
+def _refuse_empty_arguments() -> None:
+    """An empty path would mean the folder that one stands in."""
+    own = sys.argv[1:]
+    if "" in own[: own.index("--")] if "--" in own else "" in own:
+        raise UsageError("an argument is empty; is a variable not set?")
+
+
 def main() -> None:
     """Entry point of ``flare-clef`` and ``python -m flare_clef``."""
+    _open_closed_streams()
     # Read when torch is loaded. A thread that waits by spinning takes the core from the one
     # waited for: with other work on the machine, small operations took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGINT, _on_signal)
     signal.signal(signal.SIGTERM, _on_signal)
     try:
+        _refuse_empty_arguments()
         app()
     except UserError as error:
         print(f"flare-clef: {error}", file=sys.stderr)
-        _leave(EXIT_FAILED)
+        _leave(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except BrokenPipeError:
         os._exit(EXIT_FAILED)
+    except OSError as error:
+        # What no module foresaw, such as a full disk behind stdout.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"flare-clef: {where}{error.strerror or error}", file=sys.stderr)
+        _leave(EXIT_FAILED)
     except SystemExit as end:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            print(f"flare-clef: stdout: {error.strerror or error}", file=sys.stderr)
+            _leave(EXIT_FAILED)
         # Python takes most of a second to take torch apart; training has more to put away.
         if "torch" in sys.modules and "flare_clef.training" not in sys.modules:
             _leave(end.code if isinstance(end.code, int) else int(end.code is not None))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
+from flare_clef.paths import check_name
 
 _POSITION, _ORIENTATION, _ROWS, _COLUMNS = "0020|0032", "0020|0037", "0028|0010", "0028|0011"
 _DESCRIPTION = "0008|103e"
 _UNEVEN_SHARE = 0.02
+_CT_IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]")
+"""Media Storage SOP Class UID of a CT image (PS3.4, B.5), plain, enhanced or converted."""
 
 
 def is_dicom_folder(path: Path) -> bool:
@@ -30,6 +34,9 @@ def is_dicom_folder(path: Path) -> bool:
 
 def series_files(folder: Path) -> tuple[str, ...]:
     """Files of the one series of ``folder``, sorted by position. Raises UserError, one line."""
+    entries = sorted(e for e in folder.iterdir() if not e.name.startswith(".") and e.is_file())
+    for entry in entries:
+        check_name(entry)
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder}: no DICOM series with pixel data in this folder")
@@ -40,7 +47,32 @@ def series_files(folder: Path) -> tuple[str, ...]:
             for s, files in names.items()
         )
         raise UserError(f"{folder}: {len(series)} DICOM series ({listed}); keep one a folder")
-    return names[series[0]]
+    files = names[series[0]]
+    _check_left_out(entries, files)
+    return files
+
+
+def _check_left_out(entries: list[Path], files: tuple[str, ...]) -> None:
+    """GDCM passes over what it cannot read: a scan must not lose its first or last slice so."""
+    listed = {Path(file).name for file in files}
+    suffixes = {Path(file).suffix for file in files}
+    for entry in entries:
+        if entry.name in listed:
+            continue
+        try:
+            with entry.open("rb") as opened:
+                start = opened.read(4096)
+        except OSError as error:
+            if entry.suffix not in suffixes:
+                continue
+            reason = error.strerror or str(error)
+            raise UserError(f"{entry}: a slice that cannot be read ({reason})") from None
+        cut = entry.suffix in suffixes and len(start) < 132
+        if cut or (start[128:132] == b"DICM" and _CT_IMAGE.search(start)):
+            size = entry.stat().st_size
+            raise UserError(
+                f"{entry}: a slice that cannot be read ({size} bytes, cut?); copy the series again"
+            )
 
 
 def read_series(folder: Path) -> sitk.Image:

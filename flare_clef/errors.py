@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class UsageError(UserError):
+    """An option has a value that it cannot have. The command line exits with ``EXIT_USAGE``."""
+
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 """At least one case or the whole command failed; the reason was printed."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from flare_clef.evaluation_inputs import (
 )
 from flare_clef.metrics import OrganScore, Rules, score_organs, volumes_ml
 from flare_clef.organs import ORGAN_BY_NAME, Organ
+from flare_clef.paths import replacing
 
 GEOMETRY_TOLERANCE_MM = 1e-3
 """How far a voxel may lie from its partner: float32 headers differ by some 1e-4 mm."""
@@ -209,11 +209,6 @@ def write_csv(evaluation: Evaluation, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``path`` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Writes ``path`` whole or not at all. Raises UserError where it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

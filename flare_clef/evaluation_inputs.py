@@ -103,6 +103,26 @@ def _in_words(counts: dict[int, int]) -> str:
     return f"{sum(counts.values()):,} voxel(s) outside 0 to 13 ({shown}{more})"
 
 
+def read_labels_of(scan: Image, path: Path) -> np.ndarray:
+    """The label map of ``scan``, uint8 (z, y, x). Raises UserError where it is another's."""
+    found = read_label_map(path)
+    name = scan.source or "the scan"
+    if found.labels.shape != scan.array.shape:
+        raise UserError(
+            f"{path}: {found.labels.shape} voxels (z, y, x), {name} has {scan.array.shape}; labels "
+            "of another scan?"
+        )
+    apart_mm = misplacement_mm(found.image, scan)
+    if not apart_mm <= 0.5 * min(scan.spacing_mm):
+        raise UserError(
+            f"{path}: its voxels lie up to {apart_mm:.3g} mm from those of {name}; labels of "
+            "another scan?"
+        )
+    if found.unknown:
+        raise UserError(f"{path}: {found.unknown}; is it a label map of these organs?")
+    return found.labels
+
+
 def misplacement_mm(image: Image, other: Image) -> float:
     """How far apart a voxel of one grid and its partner of the other lie, at most.
 

@@ -6,7 +6,6 @@ the patient's right on the left, coronal ones with the head up.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from flare_clef.evaluation_summary import table
 from flare_clef.images import read_image
 from flare_clef.metrics import OrganScore
 from flare_clef.organs import ORGAN_BY_NAME, Organ
+from flare_clef.paths import replacing
 from flare_clef.preparation import canonical_axes, canonical_view
 
 if TYPE_CHECKING:
@@ -177,10 +177,5 @@ def _list_scores(panel: Any, scores: Mapping[str, OrganScore]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

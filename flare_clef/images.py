@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import SimpleITK as sitk
 from flare_clef import nifti, nrrd
 from flare_clef.dicom import is_dicom_folder, read_series
 from flare_clef.errors import UserError
+from flare_clef.paths import check_name
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -58,9 +59,15 @@ def strip_suffix(name: str) -> tuple[str, str]:
 
 
 def output_name(path: Path, suffix: str | None = None) -> str:
-    """Name of the label map: the harness's ``X_0000`` loses ``_0000``, others keep theirs."""
-    stem, own = strip_suffix(path.name)
-    return stem.removesuffix(_CHANNEL) + (suffix or own or ".nii.gz")
+    """Name of the label map: the harness's ``X_0000`` loses ``_0000``, others keep theirs.
+
+    The formats of two files, a header and its voxels, become those that hold both in one.
+    """
+    # A series that the user stands in is called '.'.
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    stem, own = strip_suffix(name)
+    own = {".mhd": ".mha", ".nhdr": ".nrrd"}.get(own.lower(), own)
+    return (stem.removesuffix(_CHANNEL) or stem) + (suffix or own or ".nii.gz")
 
 
 def find_inputs(path: Path) -> list[Path]:
@@ -95,15 +102,20 @@ def _is_scan(entry: Path) -> bool:
         # Listed, so that the case fails by name rather than being left out silently.
         return bool(strip_suffix(entry.name)[1])
     if entry.is_dir():
-        return is_dicom_folder(entry)
+        try:
+            return is_dicom_folder(entry)
+        except OSError:
+            # Listed, too; every disk has this one, and only its administrator may read it.
+            return entry.name != "lost+found"
     return bool(strip_suffix(entry.name)[1])
 
 
 def read_image(path: Path) -> Image:
     """A scan from a file or a folder with one DICOM series. Raises UserError, one line."""
+    check_name(path)
     try:
         if path.is_dir():
-            return _checked(*_unpack(read_series(path)), source=path)
+            return _checked(*_unpack(read_series(path), path), source=path)
         if not path.exists():
             kind = "a link to nothing" if path.is_symlink() else "no such file"
             raise UserError(f"{path}: {kind}; check the path")
@@ -114,7 +126,7 @@ def read_image(path: Path) -> Image:
             raise UserError(f"{path}: not a known kind of image; expected {' '.join(SUFFIXES)}")
         if suffix.startswith(".nii"):
             return _read_nifti(path)
-        image = _checked(*_unpack(_read_with_itk(path)), source=path)
+        image = _checked(*_unpack(_read_with_itk(path), path), source=path)
         if suffix in (".nrrd", ".nhdr"):
             image = replace(image, nrrd_geometry=nrrd.geometry_lines(path))
         return image
@@ -124,10 +136,6 @@ def read_image(path: Path) -> Image:
 
 def _read_nifti(path: Path) -> Image:
     header = nifti.read_header(path)
-    if header is None:
-        with ITK_NIFTI:
-            unpacked = _unpack(_read_with_itk(path))
-        return _checked(*unpacked, source=path)
     nifti.check_header(path, header)
     nifti.check_length(path, header)
     array = nifti.read_voxels(path, header)
@@ -189,35 +197,45 @@ def itk_reason(error: Exception) -> str:
     return lines[-1].split("): ")[-1] if lines else type(error).__name__
 
 
-def _unpack(image: sitk.Image) -> tuple[Any, ...]:
+def _unpack(image: sitk.Image, source: Path | None = None) -> tuple[Any, ...]:
     """Array, spacing, origin, direction of a SimpleITK image; one volume of a 4-D one."""
+    name = source or "the image"
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
-            f"an image with {image.GetNumberOfComponentsPerPixel()} numbers a voxel; a CT has one"
+            f"{name}: {image.GetNumberOfComponentsPerPixel()} numbers a voxel; a CT has one"
         )
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3:
         size = " x ".join(map(str, image.GetSize()))
-        raise UserError(f"a {image.GetDimension()}-D image ({size}); one volume is needed")
+        raise UserError(
+            f"{name}: {image.GetDimension()}-D ({size}); a single volume with three axes is needed"
+        )
     if "complex" in image.GetPixelIDTypeAsString():
-        raise UserError("an image of complex numbers; a CT has one number a voxel")
+        raise UserError(f"{name}: complex numbers; a CT has one number a voxel")
     array = sitk.GetArrayViewFromImage(image)
     return array, image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image
 
 
 def image_from_sitk(image: sitk.Image) -> Image:
     """The same checks for an image that is in memory already."""
+    if not isinstance(image, sitk.Image):
+        raise UserError(
+            f"a scan of type {type(image).__name__}; expected a path, a SimpleITK image or a "
+            "numpy array with spacing_mm"
+        )
     return _checked(*_unpack(image))
 
 
 def image_from_array(
     array: np.ndarray,
-    spacing_mm: tuple[float, ...],
-    origin_mm: tuple[float, ...] = (0.0, 0.0, 0.0),
-    direction: tuple[float, ...] = IDENTITY,
+    spacing_mm: Sequence[float],
+    origin_mm: Sequence[float] = (0.0, 0.0, 0.0),
+    direction: Sequence[float] = IDENTITY,
 ) -> Image:
     """The same checks for an array (z, y, x) in HU."""
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"a scan of type {type(array).__name__}; expected a numpy array (z, y, x)")
     if array.ndim != 3:
         raise UserError(f"an array of shape {array.shape}; expected (z, y, x)")
     return _checked(array, spacing_mm, origin_mm, direction)
@@ -233,8 +251,9 @@ def _checked(
     source: Path | None = None,
 ) -> Image:
     name = source or "the image"
-    spacing, origin = tuple(map(float, spacing)), tuple(map(float, origin))
-    direction = tuple(map(float, direction))
+    spacing = _numbers(name, "spacing", spacing)
+    origin = _numbers(name, "origin", origin)
+    direction = _numbers(name, "direction", direction)
     if array.dtype.kind not in "iuf" or 0 in array.shape:
         raise UserError(f"{name}: {array.shape} voxels of type {array.dtype}; expected numbers")
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
@@ -248,6 +267,13 @@ def _checked(
         array = array.astype(np.float32)
     warnings = _value_warnings(array)
     return Image(array, spacing, origin, direction, source, warnings, owner=owner)  # type: ignore[arg-type]
+
+
+def _numbers(name: Path | str, what: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(np.asarray(values, dtype=float).ravel().tolist())
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: {what} {values!r}; numbers are needed") from None
 
 
 def _value_warnings(array: np.ndarray) -> tuple[str, ...]:
@@ -287,7 +313,7 @@ def describe(image: Image) -> dict[str, Any]:
     size = image.array.shape[::-1]
     sample = image.array[:: max(1, len(image.array) // 40), ::4, ::4].astype(np.float32)
     sample = sample[np.isfinite(sample)]
-    quantiles = np.percentile(sample, [1, 50, 99]) if sample.size else [np.nan] * 3
+    finite = image.array if image.array.dtype.kind != "f" else image.array[np.isfinite(image.array)]
     return {
         "size_voxels_x_y_z": list(size),
         "spacing_mm": [round(s, 4) for s in image.spacing_mm],
@@ -295,8 +321,10 @@ def describe(image: Image) -> dict[str, Any]:
         # Each letter names the direction towards which the stored x, y or z axis increases.
         "orientation": "".join(letters),
         "voxel_type": str(image.array.dtype),
-        "lowest_value": float(np.nanmin(image.array)),
-        "highest_value": float(np.nanmax(image.array)),
-        "percentiles_1_50_99": [round(float(q), 1) for q in quantiles],
+        "lowest_value": float(finite.min()) if finite.size else None,
+        "highest_value": float(finite.max()) if finite.size else None,
+        "percentiles_1_50_99": [
+            round(float(q), 1) for q in (np.percentile(sample, [1, 50, 99]) if sample.size else ())
+        ],
         "warnings": list(image.warnings) or "none",
     }

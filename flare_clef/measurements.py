@@ -255,6 +255,26 @@ def _plain(organ: OrganMeasurement) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
 
 
+def measured_cases(folder: Path, part: str = "") -> set[str]:
+    """Cases of which ``folder`` has measurements. Raises UserError for a file of other content."""
+    return {case["case"] for case in _earlier(_files(folder, part)[1])}
+
+
+def _files(folder: Path, part: str) -> tuple[Path, Path]:
+    stem = f"measurements{'.' + part.replace('/', '-of-') if part else ''}"
+    return folder / f"{stem}.csv", folder / f"{stem}.json"
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    try:
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        return [case for case in cases if isinstance(case["case"], str)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable as earlier measurements; move it away") from None
+
+
 class MeasurementFiles:
     """``measurements.csv`` and ``.json`` of a batch, whole after every case.
 
@@ -262,18 +282,9 @@ class MeasurementFiles:
     """
 
     def __init__(self, folder: Path, *, part: str = "", kept: Iterable[str] = ()) -> None:
-        stem = f"measurements{'.' + part.replace('/', '-of-') if part else ''}"
-        self.csv, self.json = folder / f"{stem}.csv", folder / f"{stem}.json"
-        self._cases: list[dict[str, Any]] = []
+        self.csv, self.json = _files(folder, part)
         kept = set(kept)
-        if kept and self.json.exists():
-            try:
-                before = json.loads(self.json.read_text(encoding="utf-8"))["cases"]
-                self._cases = [case for case in before if case["case"] in kept]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.json}: not readable as earlier measurements; move it away"
-                ) from None
+        self._cases = [c for c in _earlier(self.json) if c["case"] in kept] if kept else []
 
     def add(self, case: CaseMeasurement, facts: Mapping[str, Any]) -> None:
         """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files."""

@@ -13,6 +13,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -101,8 +102,8 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
     return gzip.open(path, "rb") if is_gzip(path) else path.open("rb")
 
 
-def read_header(path: Path) -> NiftiHeader | None:
-    """The header of a NIfTI-1 file, gzipped or not; None for NIfTI-2. Raises UserError."""
+def read_header(path: Path) -> NiftiHeader:
+    """The header of a NIfTI-1 file, gzipped or not. Raises UserError."""
     try:
         with _open(path) as file:
             raw = file.read(HEADER_BYTES)
@@ -117,7 +118,7 @@ def read_header(path: Path) -> NiftiHeader | None:
         if size == HEADER_BYTES:
             return NiftiHeader(raw, order)
         if size == 540:
-            return None
+            raise UserError(f"{path}: NIfTI-2, which is not read; save it as NIfTI-1 or NRRD")
     raise UserError(f"{path}: does not begin with a NIfTI header; is it another kind of file?")
 
 
@@ -239,18 +240,22 @@ def sform_geometry(
     return tuple(spacing), tuple(affine[:3, 3]), tuple(direction.ravel())
 
 
-def label_header(shape: tuple[int, ...], like: bytes, *, named: bool = True) -> bytes:
-    """What precedes the voxels of uint8 labels of ``shape`` (z, y, x), placed as ``like`` is.
+def new_header(
+    shape: tuple[int, ...], dtype: np.dtype, like: bytes, *, named: bool
+) -> tuple[bytes, np.dtype]:
+    """What precedes voxels of ``shape`` (z, y, x) that lie as ``like`` says, and their type.
 
-    Where ``named``, the organs' names and colours follow the 348 bytes as an extension.
+    The type is ``dtype`` in the byte order of ``like``. Where ``named``, the organs' names and
+    colours follow the 348 bytes as an extension.
     """
-    order = "<" if struct.unpack_from("<i", like)[0] == HEADER_BYTES else ">"
+    order: Literal["<", ">"] = "<" if struct.unpack_from("<i", like)[0] == HEADER_BYTES else ">"
+    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
     raw = bytearray(like[:HEADER_BYTES])
     depth, height, width = shape
     struct.pack_into(order + "8h", raw, 40, 3, width, height, depth, 1, 1, 1, 1)
-    struct.pack_into(order + "hh", raw, 70, 2, 8)
+    struct.pack_into(order + "hh", raw, 70, code, 8 * dtype.itemsize)
     extension = nifti_extension(order) if named else b"\0" * 4
     struct.pack_into(order + "fff", raw, 108, float(HEADER_BYTES + len(extension)), 1.0, 0.0)
     struct.pack_into(order + "ff", raw, 124, 0.0, 0.0)
     raw[344:348] = b"n+1\0"
-    return bytes(raw) + extension
+    return bytes(raw) + extension, dtype.newbyteorder(order)

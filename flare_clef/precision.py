@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError, UserError
 from flare_clef.integer_convolution import FULL, IntegerConvolution, highest_activation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,11 +29,12 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
         if torch.cuda.is_available():
             return torch.device("cuda", 0), f"GPU found: {torch.cuda.get_device_name(0)}"
         return torch.device("cpu"), "no GPU found"
+    wanted = str(wanted)
     if wanted == "cpu":
         return torch.device("cpu"), "asked for"
     kind, _, number = wanted.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
-        raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise UsageError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         reason = "this torch has no CUDA" if torch.version.cuda is None else "no GPU is visible"
         raise UserError(f"--device {wanted}: {reason}; use --device cpu or auto")
@@ -56,7 +57,7 @@ def choose_precision(
     """
     if wanted != "auto":
         if wanted not in (*PRECISIONS, INT8):
-            raise UserError(f"--precision {wanted}: expected auto, fp32, bf16, fp16 or int8")
+            raise UsageError(f"--precision {wanted}: expected auto, fp32, bf16, fp16 or int8")
         if wanted == "fp16" and device.type == "cpu":
             raise UserError("--precision fp16: for GPUs only; use bf16, fp32 or auto on a CPU")
         if wanted == INT8:

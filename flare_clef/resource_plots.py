@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flare_clef.errors import UserError
+from flare_clef.paths import replacing
 from flare_clef.resource_summary import GPU_TOLERANCE_MB
-from flare_clef.resources import replacing
 
 _MB_PER_GB = 1024
 _INK, _TREE, _MACHINE, _GPU, _LIMIT = "#333333", "#1f5fa8", "#b9c4d0", "#3c8d40", "#b03a2e"

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flare_clef.errors import UserError
 from flare_clef.gpu_meter import GpuMeter
+from flare_clef.paths import replacing
 from flare_clef.process_tree import open_tree, require_means
 from flare_clef.resource_summary import COLUMNS, Stage, summarise
 
@@ -145,7 +145,7 @@ class ResourceProfiler:
         """``result()`` with the fields ``more`` in front, in one step."""
         text = json.dumps({**more, **self.result()}, indent=1, ensure_ascii=False)
         with replacing(Path(path)) as temporary:
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+            temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
     def write_csv(self, path: Path) -> None:
         """One row per sample; what was not measured is an empty field."""
@@ -224,22 +224,3 @@ def _json_number(column: str, value: float) -> float | int | None:
     if math.isnan(value):
         return None
     return int(value) if column == "processes" else round(value, 3)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` once all is written.
-
-    Raises ``UserError`` where it cannot be written; nothing is left behind then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise UserError(f"{path}: cannot be written ({reason}); choose another place") from None
-        raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 import torch
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError, UserError
 from flare_clef.images import Image, image_from_array, image_from_sitk, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
@@ -75,6 +75,8 @@ class Segmenter:
         memory_limit_bytes: int | None = None,
     ) -> None:
         keep_memory()
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads={threads}: at least 1")
         self.threads = threads or usable_cores()
         torch.set_num_threads(self.threads)
         self.memory_limit_bytes = memory_limit_bytes
@@ -141,7 +143,7 @@ class Segmenter:
         if isinstance(image, np.ndarray):
             if spacing_mm is None:
                 raise UserError("predict: an array needs spacing_mm=(x, y, z) beside it")
-            scan = image_from_array(image, tuple(spacing_mm), tuple(origin_mm), tuple(direction))
+            scan = image_from_array(image, spacing_mm, origin_mm, direction)
             return self.segment(scan, organs=organs).labels
         scan = (
             read_image(Path(image))
@@ -239,8 +241,9 @@ def organ_indices(names: Sequence[str] | None) -> Collection[int] | None:
     """Label values of the organs named; None means all. Raises UserError for unknown names."""
     if names is None:
         return None
-    unknown = [name for name in names if name not in ORGAN_BY_NAME]
-    if unknown or not names:
+    listed = [names] if isinstance(names, str) else list(names)
+    unknown = [str(name) for name in listed if name not in ORGAN_BY_NAME]
+    if unknown or not listed:
         known = ", ".join(organ.name for organ in ORGANS)
-        raise UserError(f"organs: {', '.join(unknown) or 'none named'}; known are {known}")
-    return {ORGAN_BY_NAME[name].index for name in names}
+        raise UsageError(f"organs: {', '.join(unknown) or 'none named'}; known are {known}")
+    return {ORGAN_BY_NAME[name].index for name in listed}

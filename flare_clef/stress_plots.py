@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from flare_clef.organs import ORGAN_BY_NAME
+from flare_clef.paths import replacing
 
 
 def draw_heat_map(table: dict[str, dict[str, float | None]], title: str, path: Path) -> None:
@@ -28,9 +28,5 @@ def draw_heat_map(table: dict[str, dict[str, float | None]], title: str, path: P
             colour = "black" if value > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=8)
     axes.set_title(title, size=10)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError
+from flare_clef.evaluation_inputs import read_labels_of
 from flare_clef.images import Image, read_image
 from flare_clef.report_pictures import Panel, plane_panel, scene
 
@@ -27,20 +28,8 @@ class View:
 
 def read_pair(case: Path, labels: Path) -> tuple[Image, np.ndarray]:
     """A scan and its label map (z, y, x; uint8). Raises UserError where they don't fit."""
-    scan, found = read_image(case), read_image(labels)
-    if scan.array.shape != found.array.shape:
-        raise UserError(
-            f"{labels}: {found.array.shape} voxels (z, y, x), the scan {case} has "
-            f"{scan.array.shape}; labels of another scan?"
-        )
-    same = np.allclose(scan.direction, found.direction, atol=1e-3) and np.allclose(
-        scan.origin_mm, found.origin_mm, atol=0.5
-    )
-    if not same:
-        raise UserError(f"{labels}: lies elsewhere in space than {case}; labels of another scan?")
-    if found.array.dtype.kind == "f" or found.array.min() < 0 or found.array.max() > 13:
-        raise UserError(f"{labels}: expected whole numbers from 0 to 13; is it a label map?")
-    return scan, found.array.astype(np.uint8)
+    scan = read_image(case)
+    return scan, read_labels_of(scan, labels)
 
 
 def view(image: Image, labels: np.ndarray, plane: str, position: int | None) -> View:
@@ -50,12 +39,12 @@ def view(image: Image, labels: np.ndarray, plane: str, position: int | None) -> 
     shows most. Raises UserError.
     """
     if plane not in PLANES:
-        raise UserError(f"--plane {plane}: unknown; known are {', '.join(PLANES)}")
+        raise UsageError(f"--plane {plane}: unknown; known are {', '.join(PLANES)}")
     shown = scene(image, labels)
     axis = PLANES.index(plane)
     slices = shown.labels.shape[axis]
     if position is not None and not 0 <= position < slices:
-        raise UserError(f"--slice {position}: the scan has {plane} slices 0 to {slices - 1}")
+        raise UsageError(f"--slice {position}: the scan has {plane} slices 0 to {slices - 1}")
     panel, taken = plane_panel(shown, axis, position)
     return View(panel, taken, slices)
 

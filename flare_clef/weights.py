@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork
 from flare_clef.organs import ORGANS
+from flare_clef.paths import check_name
 from flare_clef.preparation import GRID, WINDOW_HU
 
 FORMAT = "flare-clef"
@@ -117,11 +118,12 @@ def save_weights(
 def load_weights(path: Path | None = None) -> Weights:
     """Reads and checks a weights file (None: the shipped one). Raises UserError, one line."""
     path = path or default_weights()
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name the .safetensors file itself")
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
+    check_name(path)
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name the .safetensors file itself")
+        if not path.is_file():
+            raise UserError(f"{path}: no such weights file")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:

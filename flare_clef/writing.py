@@ -20,6 +20,7 @@ from flare_clef import nifti, nrrd
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
 from flare_clef.images import ITK_NIFTI, Image, itk_reason, strip_suffix
+from flare_clef.paths import check_name
 
 
 def labels_to_sitk(labels: np.ndarray, like: Image) -> sitk.Image:
@@ -67,12 +68,12 @@ def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = T
     suffix = strip_suffix(path.name)[1].lower()
     if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
         raise UserError(f"{path}: labels are written as .nii.gz, .nii, .mha or .nrrd")
+    check_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as temporary:
             if suffix.startswith(".nii"):
-                header = like.nifti_header or _itk_header(like, temporary)
-                _write_nifti(labels, header, temporary, suffix == ".nii.gz", named)
+                _write_nifti(labels, like, temporary, named=named)
                 return
             image = labels_to_sitk(labels, like)
             if suffix == ".nrrd" and named:
@@ -92,9 +93,7 @@ def _itk_header(like: Image, temporary: Path) -> bytes:
     # The next scan is being read meanwhile.
     with ITK_NIFTI:
         sitk.WriteImage(labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like), str(temporary))
-    header = nifti.read_header(temporary)
-    assert header is not None  # ITK writes NIfTI-1
-    return header.raw
+    return nifti.read_header(temporary).raw
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -107,12 +106,26 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def _write_nifti(labels: np.ndarray, like: bytes, path: Path, compress: bool, named: bool) -> None:
-    # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
+def write_scan(scan: Image, path: Path) -> None:
+    """Writes ``scan`` as .nii or .nii.gz, atomically. Raises UserError."""
+    check_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _written_beside(path) as temporary:
+            _write_nifti(scan.array, scan, temporary, named=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _write_nifti(array: np.ndarray, like: Image, path: Path, *, named: bool) -> None:
+    """Not by ITK, which does not notice that a disk is full."""
+    geometry = like.nifti_header or _itk_header(like, path)
+    header, dtype = nifti.new_header(array.shape, array.dtype, geometry, named=named)
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
-        if compress:
+        if path.name.lower().endswith(".gz"):
             file = stack.enter_context(gzip.GzipFile("", "wb", 1, file, mtime=0))
-        file.write(nifti.label_header(labels.shape, like, named=named))
-        for plane in labels:
-            file.write(np.ascontiguousarray(plane))
+        file.write(header)
+        # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
+        for plane in array:
+            file.write(np.ascontiguousarray(plane, dtype))

@@ -70,3 +70,21 @@ def write_scan(path: Path, hu: np.ndarray | None = None, **geometry: tuple[float
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image, str(path), useCompression=True)
     return path
+
+
+def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, tilt: float = 0.0):
+    """A series of slices whose voxels are their position in mm, ``positions`` along z."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, z in enumerate(positions):
+        image = sitk.GetImageFromArray(np.full((1, size, size), int(z), np.int16))
+        for tag, value in {
+            "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2", "0008|103e": f"series {uid}",
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{number + 1}",
+            "0020|0013": str(99 - number), "0020|0032": f"0\\{z * tilt}\\{z}",
+            "0020|0037": "1\\0\\0\\0\\1\\0", "0028|1053": "1", "0028|1052": "-1024",
+        }.items():  # fmt: skip
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}-{number}.dcm"))
+        writer.Execute(image)

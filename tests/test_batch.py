@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
-from conftest import write_scan
+from conftest import write_dicom, write_scan
 
-from flare_clef.batch import Job, plan_jobs, shard
-from flare_clef.errors import UserError
+from flare_clef.batch import CaseResult, Job, _Writer, is_there, plan_jobs, shard
+from flare_clef.errors import UsageError, UserError
 
 
 @pytest.fixture
@@ -78,7 +79,69 @@ def test_shards_are_disjoint_and_complete(folder: Path):
     assert sorted((j for p in parts for j in p), key=lambda j: int(j.source.name)) == jobs
 
 
-@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0", ""])
+@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0", "", "²/4"])
 def test_bad_shard(text: str):
-    with pytest.raises(UserError, match="expected K/N"):
+    with pytest.raises(UsageError, match="expected K/N"):
         shard([], text)
+
+
+def test_a_file_beside_the_labels_is_written_by_one_case_only(folder: Path, tmp_path: Path):
+    write_scan(folder / "b.mha")
+    assert len(plan_jobs(folder, tmp_path / "out")) == 4
+    with pytest.raises(UserError, match=r"out/b: both b\..* and b\..* would be written there"):
+        plan_jobs(folder, tmp_path / "out", files_beside=True)
+
+
+def test_formats_of_two_files_become_those_of_one(folder: Path, tmp_path: Path):
+    names = {}
+    for name in ("x.mhd", "y.nhdr"):
+        scan = write_scan(tmp_path / name)
+        names[name] = plan_jobs(scan, tmp_path / "out")[0].target.name
+        with pytest.raises(UserError, match="labels are written as"):
+            plan_jobs(scan, tmp_path / f"labels{scan.suffix}")
+    assert names == {"x.mhd": "x.mha", "y.nhdr": "y.nrrd"}
+
+
+def test_nothing_is_written_into_a_dicom_series(tmp_path: Path, monkeypatch):
+    write_dicom(tmp_path / "all" / "s", [0, 3, 6])
+    series = tmp_path / "all" / "s"
+    with pytest.raises(UserError, match="would be written into the DICOM series"):
+        plan_jobs(series, series)
+    # Its masks would go to all/s/.
+    with pytest.raises(UserError, match="would be written into the DICOM series"):
+        plan_jobs(series, tmp_path / "all", files_beside=True)
+    assert plan_jobs(series, tmp_path / "all")[0].target == tmp_path / "all" / "s.nii.gz"
+    monkeypatch.chdir(series)
+    assert plan_jobs(Path("."), tmp_path / "out")[0].target == tmp_path / "out" / "s.nii.gz"
+
+
+def test_whether_all_files_are_there(tmp_path: Path):
+    job = Job(tmp_path / "a_0000.nii.gz", tmp_path / "out" / "a.nii.gz")
+    nothing = {"report": False, "split": False, "probabilities": False}
+    assert not is_there(job, **nothing)
+    write_scan(job.target)
+    assert is_there(job, **nothing)
+    for what, names in (
+        ("report", ("a.report.html", "a.png")),
+        ("probabilities", ("a.probabilities.npz",)),
+        ("split", ("a",)),
+    ):
+        asked = {**nothing, what: True}
+        for name in names:
+            assert not is_there(job, **asked)
+            (job.target.parent / name).touch()
+        assert is_there(job, **asked)
+
+
+def test_what_hears_of_results_may_fail_and_nobody_waits_for_ever():
+    def broken(result: CaseResult) -> None:
+        raise BrokenPipeError
+
+    job = Job(Path("a"), Path("b"))
+    writer = _Writer(broken)
+    with pytest.raises(BrokenPipeError):
+        for _ in range(10):
+            writer.submit(lambda: CaseResult(job))
+            time.sleep(0.01)
+    with pytest.raises(BrokenPipeError):
+        writer.finish()

@@ -76,9 +76,12 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
     ("arguments", "words", "code"),
     [
         (("predict", "none", "out"), "no such file or folder", 1),
-        (("predict", "in", "out", "--memory-limit", "lots"), "expected a size such as 2G", 1),
-        (("predict", "in", "out", "--organs", "heart"), "organs: heart; known are", 1),
+        (("predict", "in", "out", "--memory-limit", "lots"), "expected a size such as 2G", 2),
+        (("predict", "in", "out", "--organs", "heart"), "organs: heart; known are", 2),
         (("predict", "in", "out", "--device", "cuda:99"), "--device cuda:99", 1),
+        (("predict", "in", "out", "--device", "gpu"), "expected auto, cpu, cuda or cuda:N", 2),
+        (("predict", "in", "out", "--shard", "9/4"), "expected K/N", 2),
+        (("predict", "", "out"), "an argument is empty", 2),
         (("predict", "in", "out", "--weights", "none.safetensors"), "no such weights file", 1),
         (("predict", "in", "in"), "would overwrite this input", 1),
         (("predict", "in"), "Missing argument", 2),
@@ -116,6 +119,58 @@ def test_signals_end_it_at_once_and_leave_nothing_half(
     assert 0 < len(files) < 300
     for path in files:
         assert sitk.ReadImage(str(path)).GetSize() == (44, 40, 20)
+
+
+def test_readers_of_its_output_may_go_away(scans: Path, tmp_path: Path, tiny_weights: Path):
+    """As in ``… --json | head -1``, and where stdout is a full disk."""
+    command = [sys.executable, "-m", "flare_clef", "predict", str(scans), str(tmp_path / "out")]
+    command += ["--weights", str(tiny_weights), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.wait(60) == 1
+        assert b"Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+    for arguments in (
+        command[3:],
+        ["info", str(tiny_weights)],
+        ["info", str(scans / "a_0000.nii.gz")],
+    ):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*command[:3], *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+            )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_closed_streams_do_not_matter(scans: Path, tmp_path: Path, tiny_weights: Path):
+    for number, closed in enumerate(("2>&-", ">&- 2>&-", "<&- >&-")):
+        out = tmp_path / f"out{number}"
+        line = f'exec "$0" -m flare_clef predict "$1" "$2" --weights "$3" --json {closed}'
+        done = subprocess.run(
+            ["sh", "-c", line, sys.executable, scans, out, tiny_weights],
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0
+        assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b with space.mha"]
+
+
+def test_what_is_asked_for_later_is_made_with_skip_existing(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    options = (scans, tmp_path / "out", "--weights", tiny_weights, "--skip-existing", "--json")
+    statuses = []
+    for more in ((), (), ("--measurements",), ("--measurements", "--split"), ("--label-tables",)):
+        done = run("predict", *options, *more)
+        assert done.returncode == 0
+        statuses.append({json.loads(line)["status"] for line in done.stdout.splitlines()})
+    assert statuses == [{"done"}, {"skipped"}, {"done"}, {"done"}, {"skipped"}]
+    assert (tmp_path / "out" / "labels.ctbl").exists()
+    assert len(list((tmp_path / "out" / "a").iterdir())) == 13
 
 
 def test_two_processes_on_one_output_folder(scans: Path, tmp_path: Path, tiny_weights: Path):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import body_hu, write_scan
+from conftest import body_hu, write_dicom, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flare_clef.errors import UserError
-from flare_clef.images import find_inputs, image_from_array, output_name, read_image, strip_suffix
+from flare_clef.images import (
+    describe,
+    find_inputs,
+    image_from_array,
+    output_name,
+    read_image,
+    strip_suffix,
+)
 from flare_clef.writing import write_labels
 
 
@@ -229,8 +238,42 @@ def test_form_disagreement_is_a_warning(plain: Path, tmp_path: Path):
 def test_vector_voxels_of_other_formats(tmp_path: Path):
     image = sitk.GetImageFromArray(np.zeros((3, 4, 5, 3), np.uint8), isVector=True)
     sitk.WriteImage(image, str(tmp_path / "rgb.mha"))
-    with pytest.raises(UserError, match="3 numbers a voxel"):
-        read_image(tmp_path / "rgb.mha")
+    assert "3 numbers a voxel" in refused(tmp_path / "rgb.mha")
+
+
+def test_axes_of_other_formats(tmp_path: Path):
+    slice_of = sitk.GetImageFromArray(np.zeros((4, 5), np.int16))
+    sitk.WriteImage(slice_of, str(tmp_path / "slice.mha"))
+    assert "2-D (5 x 4)" in refused(tmp_path / "slice.mha")
+    series = sitk.JoinSeries([sitk.Image(5, 4, 3, sitk.sitkInt16)] * 2)
+    sitk.WriteImage(series, str(tmp_path / "series.nrrd"))
+    assert "4-D (5 x 4 x 3 x 2)" in refused(tmp_path / "series.nrrd")
+
+
+def test_nifti_2_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "two.nii").write_bytes(struct.pack("<i", 540) + bytes(600))
+    assert "NIfTI-2" in refused(tmp_path / "two.nii")
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path, plain: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/sch\xf6n.nii.gz"))
+    path.write_bytes(plain.read_bytes())
+    with pytest.raises(UserError, match=r"sch\\xf6n.nii.gz: a name that is not UTF-8"):
+        read_image(path)
+    with pytest.raises(UserError, match="not UTF-8"):
+        write_labels(np.zeros((20, 40, 44), np.uint8), read_image(plain), path)
+    write_dicom(tmp_path / "s", [0, 3, 6])
+    slice_of = Path(os.fsdecode(os.fsencode(tmp_path / "s") + b"/\xf6.dcm"))
+    (tmp_path / "s" / "1.2.3-0.dcm").rename(slice_of)
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_image(tmp_path / "s")
+
+
+def test_values_of_a_scan_without_any(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        facts = describe(image_from_array(np.full((4, 5, 6), np.nan, np.float32), (1, 1, 1)))
+    assert (facts["lowest_value"], facts["percentiles_1_50_99"]) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -262,6 +305,10 @@ def test_an_ordinary_scan_has_no_warning():
         ({"direction": (1.0, 0, 0, 1.0, 0, 0, 0, 0, 1.0)}, "do not span a volume"),
         ({"array": np.zeros((3, 4))}, "expected (z, y, x)"),
         ({"array": np.zeros((3, 4, 5), complex)}, "expected numbers"),
+        ({"array": [[[1, 2]]]}, "a scan of type list"),
+        ({"spacing_mm": 1.5}, "voxel spacing (1.5,) mm"),
+        ({"spacing_mm": "abc"}, "spacing 'abc'; numbers are needed"),
+        ({"direction": None}, "do not span a volume"),
     ],
 )
 def test_arrays_are_checked_too(change, words):
@@ -294,6 +341,22 @@ def test_find_inputs_refuses(tmp_path: Path):
         find_inputs(tmp_path)
 
 
+def test_a_folder_that_cannot_be_looked_into_is_a_case_that_fails(tmp_path: Path, monkeypatch):
+    for name in ("lost+found", "secret"):
+        (tmp_path / name).mkdir()
+    write_scan(tmp_path / "a.nii.gz")
+    listed = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name in ("lost+found", "secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [path.name for path in find_inputs(tmp_path)] == ["a.nii.gz", "secret"]
+    assert "Permission denied" in refused(tmp_path / "secret")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -301,6 +364,7 @@ def test_find_inputs_refuses(tmp_path: Path):
         ("case.nii.gz", "case.nii.gz"),
         ("case_0001.nii.gz", "case_0001.nii.gz"),
         ("a.b_0000.mha", "a.b.mha"),
+        ("_0000.nii.gz", "_0000.nii.gz"),
         ("series", "series.nii.gz"),
     ],
 )
@@ -312,23 +376,6 @@ def test_strip_suffix():
     assert strip_suffix("a.b.NII.GZ") == ("a.b", ".NII.GZ")
     assert strip_suffix("notes.txt") == ("notes.txt", "")
     assert strip_suffix(".nii.gz") == (".nii.gz", "")
-
-
-def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, tilt: float = 0.0):
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for number, z in enumerate(positions):
-        image = sitk.GetImageFromArray(np.full((1, size, size), int(z), np.int16))
-        for tag, value in {
-            "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2", "0008|103e": f"series {uid}",
-            "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{number + 1}",
-            "0020|0013": str(99 - number), "0020|0032": f"0\\{z * tilt}\\{z}",
-            "0020|0037": "1\\0\\0\\0\\1\\0", "0028|1053": "1", "0028|1052": "-1024",
-        }.items():  # fmt: skip
-            image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{uid}-{number}.dcm"))
-        writer.Execute(image)
 
 
 def test_dicom_series(tmp_path: Path):
@@ -352,5 +399,15 @@ def test_dicom_trouble(tmp_path: Path):
     assert "uneven spacing: 3.50 mm" in refused(tmp_path / "uneven")
     write_dicom(tmp_path / "tilted", [0, 3, 6, 9], tilt=0.2)
     assert "gantry tilt of 11.3 degrees" in refused(tmp_path / "tilted")
+    # GDCM passes over what it cannot read: the scan would lose its first slice.
+    for size in (0, 100, 700):
+        write_dicom(tmp_path / f"cut{size}", [0, 3, 6, 9])
+        first = tmp_path / f"cut{size}" / "1.2.3-0.dcm"
+        first.write_bytes(first.read_bytes()[:size])
+        assert f"1.2.3-0.dcm: a slice that cannot be read ({size} bytes, cut?)" in refused(
+            first.parent
+        )
+    (tmp_path / "cut0" / "1.2.3-0.dcm").rename(tmp_path / "cut0" / "notes.txt")
+    assert read_image(tmp_path / "cut0").array.shape[0] == 3
     (tmp_path / "none").mkdir()
     assert "no DICOM series" in refused(tmp_path / "none")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -132,6 +135,20 @@ def test_wrong_options(tmp_path: Path, option: str, value: str, says: str) -> No
     ran = CliRunner().invoke(app, ["phantom", str(tmp_path / "out"), option, value])
     assert says in str(ran.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_half_scan(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    command = [sys.executable, "-m", "flare_clef", "phantom", str(tmp_path), "--pixel-mm", "6"]
+    done = subprocess.run(
+        [*command, "--slice-thickness-mm", "10"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 1
+    assert "phantom_0_0000.nii.gz: cannot be written (File too large)" in done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:

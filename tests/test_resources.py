@@ -22,10 +22,11 @@ import pytest
 from flare_clef import gpu_meter, process_tree
 from flare_clef.commands import profile as profile_command
 from flare_clef.errors import UserError
+from flare_clef.paths import replacing
 from flare_clef.process_tree import LinuxTree, PsutilTree
 from flare_clef.resource_plots import draw_profile
 from flare_clef.resource_summary import COLUMNS, MEASURED, Stage, summarise
-from flare_clef.resources import NoProfiler, ResourceProfiler, replacing
+from flare_clef.resources import NoProfiler, ResourceProfiler
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 NAN = float("nan")

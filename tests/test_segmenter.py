@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import body_hu, write_scan
 from test_preparation import all_48, stored_as
 
 from flare_clef import ORGANS, Segmenter
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,20 @@ def test_organs(segmenter):
     assert np.array_equal(some, np.where(np.isin(everything, kept), everything, 0))
     with pytest.raises(UserError, match="organs: heart; known are liver"):
         segmenter.predict(hu, spacing_mm=(1, 1, 1), organs=["heart"])
+
+
+def test_arguments_of_other_types(segmenter, tiny_weights):
+    names = iter(["liver", "spleen"])
+    found = segmenter.predict(body_hu(), spacing_mm=np.array([1.5, 1.5, 3.0]), organs=names)
+    assert set(np.unique(found)) <= {0, 1, 3} and found.any()
+    for organs in ("liver,spleen", [1], []):
+        with pytest.raises(UsageError, match="known are liver"):
+            segmenter.predict(body_hu(), spacing_mm=(1, 1, 1), organs=organs)
+    with pytest.raises(UserError, match="a scan of type list"):
+        segmenter.predict([[1]])
+    with pytest.raises(UsageError, match="threads=-1"):
+        Segmenter(tiny_weights, threads=-1)
+    assert Segmenter(tiny_weights, device=torch.device("cpu")).device.type == "cpu"
 
 
 def test_odd_scans_end_without_a_crash(segmenter):

@@ -110,3 +110,15 @@ def test_labels_of_another_grid_are_one_line(tmp_path: Path, tiny_weights: Path)
     sitk.WriteImage(sitk.Image(4, 4, 4, sitk.sitkUInt8), str(tmp_path / "labels.nii.gz"))
     ran = CliRunner().invoke(app, ["stress", str(path), str(tmp_path / "labels.nii.gz")])
     assert "labels.nii.gz: (4, 4, 4) voxels" in str(ran.exception)
+    image = sitk.ReadImage(str(path))
+    labels = sitk.Image(image.GetSize(), sitk.sitkUInt8)
+    labels.CopyInformation(image)
+    for change, words in (
+        (lambda i: i.SetSpacing((1.5, 1.5, 5.0)), "its voxels lie up to 38 mm from those of"),
+        (lambda i: i.SetPixel(1, 2, 3, 200), r"1 voxel(s) outside 0 to 13 (200)"),
+    ):
+        changed = sitk.Image(labels)
+        change(changed)
+        sitk.WriteImage(changed, str(tmp_path / "labels.nii.gz"))
+        ran = CliRunner().invoke(app, ["stress", str(path), str(tmp_path / "labels.nii.gz")])
+        assert words in str(ran.exception)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import body_hu, write_scan
 from typer.testing import CliRunner
 
@@ -55,13 +56,21 @@ def test_mistakes(tmp_path: Path):
         view(image, found, "axial", 20)
     with pytest.raises(UserError, match="--plane oblique: unknown"):
         view(image, found, "oblique", None)
-    with pytest.raises(UserError, match="from 0 to 13"):
+    with pytest.raises(UserError, match="outside 0 to 13"):
         read_pair(scan, scan)
+    whole = tmp_path / "float.nii.gz"
+    sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(labels)), sitk.sitkFloat32), str(whole))
+    assert np.array_equal(read_pair(scan, whole)[1], found)
+    image_of = sitk.ReadImage(str(labels))
+    image_of.SetSpacing((1.5, 1.5, 2.0))
+    sitk.WriteImage(image_of, str(whole))
+    with pytest.raises(UserError, match="labels of another scan"):
+        read_pair(scan, whole)
     other = write_scan(tmp_path / "other.nii.gz", body_hu((10, 40, 44)))
     with pytest.raises(UserError, match="labels of another scan"):
         read_pair(other, labels)
     moved = write_scan(tmp_path / "moved.nii.gz", origin=(0.0, 0.0, 0.0))
-    with pytest.raises(UserError, match="lies elsewhere in space"):
+    with pytest.raises(UserError, match="voxels lie up to 101 mm from"):
         read_pair(moved, labels)
 
 

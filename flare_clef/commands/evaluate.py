@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.errors import EXIT_FAILED, UsageError, UserError
+from flare_clef.paths import check_writable
 
 if TYPE_CHECKING:
     from flare_clef.evaluation import Evaluation
@@ -119,22 +119,15 @@ def _check_options(rules: str, output: Path | None, *, pictures: bool) -> None:
     from flare_clef.metrics import RULES
 
     if rules not in RULES:
-        raise UserError(f"--rules {rules}: expected one of {', '.join(RULES)}")
+        raise UsageError(f"--rules {rules}: expected one of {', '.join(RULES)}")
     if pictures and output is None:
         raise UserError("--plots: pictures need a folder; name one with --output")
     try:
         import scipy  # noqa: F401
     except ImportError:
         raise UserError('evaluate needs scipy: pip install "flare-clef[measure]"') from None
-    if output is None:
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(output, os.W_OK | os.X_OK) else "Permission denied"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
-        raise UserError(f"{output}: cannot be written ({reason}); choose another --output")
+    if output is not None:
+        check_writable(output)
 
 
 def _score(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError
 
 
 def phantom(
@@ -52,9 +52,9 @@ def phantom(
     from flare_clef.phantom_organs import PHASES
 
     if phase not in PHASES:
-        raise UserError(f"--phase {phase}: expected one of {', '.join(PHASES)}")
+        raise UsageError(f"--phase {phase}: expected one of {', '.join(PHASES)}")
     if not name or "/" in name or name.startswith("."):
-        raise UserError(f"--name {name!r}: expected a name without folders")
+        raise UsageError(f"--name {name!r}: expected a name without folders")
     code = check_orientation(orientation)
     for number in range(seed, seed + count):
         options = PhantomOptions(

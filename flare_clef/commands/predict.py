@@ -63,7 +63,9 @@ def predict(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite/--skip-existing", help="What to do where the output exists."),
+        typer.Option(
+            "--overwrite/--skip-existing", help="What to do where all that is asked for exists."
+        ),
     ] = True,
     shard: Annotated[
         str | None,
@@ -149,7 +151,9 @@ def predict(
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
-    jobs = batch.plan_jobs(input, output, form)
+    beside = {"report": report, "split": split, "probabilities": probabilities}
+    files_beside = measurements or any(beside.values())
+    jobs = batch.plan_jobs(input, output, form, files_beside=files_beside)
     _check_outputs(form, postprocess, report=report)
     if shard is not None:
         jobs = batch.shard(jobs, shard)
@@ -166,33 +170,42 @@ def predict(
         results.append(result)
         _report(result, progress, json=json, number=len(results), total=len(jobs))
 
+    folder = jobs[0].target.parent if jobs else output
+    part = shard or ""
+    measured = None
+    if measurements and not overwrite:
+        from flare_clef.measurements import measured_cases
+
+        measured = measured_cases(folder, part)
     todo = []
     for job in jobs:
-        if not overwrite and job.target.exists():
+        known = measured is None or job.case in measured
+        if not overwrite and known and batch.is_there(job, **beside):
             on_result(batch.CaseResult(job, status="skipped"))
         else:
             todo.append(job)
+    if label_tables:
+        from flare_clef.extras import write_label_tables
+
+        write_label_tables(folder)
     if todo:
         # The first scan is read while torch is still being imported.
         reader = batch.Reader(todo)
-        from flare_clef.extras import Extras, write_label_tables
+        from flare_clef.extras import Extras
         from flare_clef.measurements import MeasurementFiles
         from flare_clef.segmenter import Segmenter, organ_indices
 
         wanted = organ_indices(names)
         extras = Extras(
             organs=wanted,
+            largest=postprocess == "largest",
             report=report,
             split=split,
-            largest=postprocess == "largest",
             probabilities=probabilities,
         )
-        folder = jobs[0].target.parent
-        if label_tables:
-            write_label_tables(folder)
         if measurements:
             kept = [result.job.case for result in results]
-            extras.measurements = MeasurementFiles(folder, part=shard or "", kept=kept)
+            extras.measurements = MeasurementFiles(folder, part=part, kept=kept)
         segmenter = Segmenter(
             weights,
             device=device,
@@ -224,7 +237,8 @@ def predict(
 
 def _start_profile(path: Path) -> ConsecutiveStages:
     """Starts measuring this process. Raises UserError where ``path`` cannot be written to."""
-    from flare_clef.resources import ConsecutiveStages, ResourceProfiler, replacing
+    from flare_clef.paths import replacing
+    from flare_clef.resources import ConsecutiveStages, ResourceProfiler
 
     with replacing(path) as temporary:
         temporary.touch()
@@ -237,10 +251,10 @@ def _check_outputs(form: str | None, postprocess: str | None, *, report: bool) -
     """What can be known to fail before anything is computed. Raises UserError."""
     from importlib.util import find_spec
 
-    from flare_clef.errors import UserError
+    from flare_clef.errors import UsageError, UserError
 
     if postprocess not in (None, "largest"):
-        raise UserError(f"--postprocess {postprocess}: unknown; known is largest")
+        raise UsageError(f"--postprocess {postprocess}: unknown; known is largest")
     if report and find_spec("PIL") is None:
         raise UserError('--report: Pillow is missing; pip install "flare-clef[report]"')
     if form == "dicom-seg" and find_spec("highdicom") is None:
@@ -295,9 +309,9 @@ def _summary(results: list[CaseResult], progress: Progress) -> None:
 def _bytes(text: str) -> int:
     import re
 
-    from flare_clef.errors import UserError
+    from flare_clef.errors import UsageError
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
     if match is None or float(match[1]) <= 0:
-        raise UserError(f"--memory-limit {text}: expected a size such as 2G or 1500M")
+        raise UsageError(f"--memory-limit {text}: expected a size such as 2G or 1500M")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.paths import check_writable
 
 if TYPE_CHECKING:
     from flare_clef.resources import ResourceProfiler
@@ -51,7 +52,7 @@ def profile(
     """
     from flare_clef.resources import ResourceProfiler
 
-    _check_writable(output)
+    check_writable(output)
     profiler = ResourceProfiler(interval_s)
     try:
         child = subprocess.Popen(command)
@@ -78,18 +79,6 @@ def profile(
         print(f"flare-clef: {error}", file=sys.stderr)
         code = code or EXIT_FAILED
     raise typer.Exit(code)
-
-
-def _check_writable(folder: Path) -> None:
-    """Before the command runs: its hours must not end in a folder that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return
-        reason = "Permission denied"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise UserError(f"{folder}: cannot be written ({reason}); choose another --output")
 
 
 @contextlib.contextmanager

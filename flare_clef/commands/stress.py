@@ -12,6 +12,7 @@ import typer
 
 from flare_clef.commands.options import DeviceOption, PrecisionOption, WeightsOption
 from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.paths import check_writable
 
 if TYPE_CHECKING:
     from flare_clef.images import Image
@@ -54,7 +55,7 @@ def stress(
 
     Example: flare-clef stress scan.nii.gz labels.nii.gz --output sheet
     """
-    from flare_clef.evaluation_inputs import read_label_map
+    from flare_clef.evaluation_inputs import read_labels_of
     from flare_clef.images import read_image
     from flare_clef.organs import ORGANS
     from flare_clef.orientation import ORIENTATIONS
@@ -62,14 +63,9 @@ def stress(
 
     _require_measure()
     image = read_image(scan)
-    truth = read_label_map(labels).labels if labels is not None else None
-    if truth is not None and truth.shape != image.array.shape:
-        raise UserError(f"{labels}: {truth.shape} voxels (z, y, x), {scan} {image.array.shape}")
+    truth = read_labels_of(image, labels) if labels is not None else None
     if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+        check_writable(output)
 
     from flare_clef.segmenter import Segmenter
 

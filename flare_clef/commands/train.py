@@ -180,7 +180,7 @@ def _train(
 ) -> None:
     import torch
 
-    from flare_clef.errors import UserError
+    from flare_clef.errors import UsageError
     from flare_clef.limits import keep_memory, usable_cores
     from flare_clef.precision import choose_device, choose_precision
     from flare_clef.training.processes import (
@@ -204,7 +204,7 @@ def _train(
     # On GPUs bf16: fp16 has too few exponents for gradients.
     wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
     if wanted in ("fp16", "int8"):
-        raise UserError(f"--precision {wanted}: training knows auto, fp32 and bf16")
+        raise UsageError(f"--precision {wanted}: training knows auto, fp32 and bf16")
     former = computing_of(output, place.type)
     if wanted == "auto" and former:
         chosen, why = former["precision"], "as this run began; --precision changes it"

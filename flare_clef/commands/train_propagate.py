@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.errors import EXIT_FAILED, UsageError, UserError
 
 
 def propagate(
@@ -49,7 +49,7 @@ def propagate(
     from flare_clef.training.datasets import read_dataset
 
     if organ not in ORGAN_BY_NAME:
-        raise UserError(f"--organ {organ}: not an organ; one of {', '.join(ORGAN_BY_NAME)}")
+        raise UsageError(f"--organ {organ}: not an organ; one of {', '.join(ORGAN_BY_NAME)}")
     dataset = read_dataset(cases)
     if output.resolve() == cases.resolve():
         raise UserError(f"--output {output}: holds the cases themselves; name another folder")

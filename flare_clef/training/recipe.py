@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError, UserError
 from flare_clef.network import Architecture
 from flare_clef.training.finetuning_plan import FinetuningPlan
 from flare_clef.training.pretraining import PretrainingPlan
@@ -111,7 +111,7 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 def _override(table: dict[str, Any], text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator:
-        raise UserError(f"--set {text}: expected key=value, such as finetune.seed=3")
+        raise UsageError(f"--set {text}: expected key=value, such as finetune.seed=3")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -120,7 +120,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {text}: {parent} is not a table")
+            raise UsageError(f"--set {text}: {parent} is not a table")
     table[last] = parsed
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import SimpleITK as sitk
-
+from flare_clef.images import image_from_array
 from flare_clef.organs import ORGANS
 from flare_clef.phantom import PhantomOptions, make_phantom
+from flare_clef.writing import write_bytes, write_labels, write_scan
 
 
 def make_phantoms(
@@ -29,14 +28,9 @@ def make_phantoms(
         if image.is_file() and (labels / f"{name}.nii.gz").is_file():
             continue
         phantom = make_phantom(PhantomOptions(seed=seed, pixel_mm=2.0, slice_thickness_mm=4.0))
-        for path, array in ((labels / f"{name}.nii.gz", phantom.labels), (image, phantom.hu)):
-            written = sitk.GetImageFromArray(array)
-            written.SetSpacing(phantom.spacing_mm)
-            written.SetOrigin(phantom.origin_mm)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{os.getpid()}.{path.name}")
-            sitk.WriteImage(written, str(temporary), True)
-            os.replace(temporary, path)
+        scan = image_from_array(phantom.hu, phantom.spacing_mm, phantom.origin_mm)
+        write_labels(phantom.labels, scan, labels / f"{name}.nii.gz")
+        write_scan(scan, image)
         on_case(name)
-    (folder / "cases.json").write_text(json.dumps(entries, indent=1))
+    write_bytes(folder / "cases.json", json.dumps(entries, indent=1).encode())
     return folder
