@@ -154,13 +154,18 @@ def _read_ours(folder: Path) -> Dataset:
     kept = []
     for case in cases:
         entry = entries.get(case.name, {})
-        organs = entry.get("organs", []) if isinstance(entry, dict) else None
-        source = str(entry.get("source", "")) if isinstance(entry, dict) else ""
+        entry = entry if isinstance(entry, dict) else {}
+        organs, source = entry.get("organs", []), str(entry.get("source", ""))
         problem = None if case.labels is None else _organs_problem(organs)
         if problem:
             problems.append(f"{listed}: case {case.name} {problem}")
         else:
             named = tuple(organs) if case.labels is not None and organs else ()
+            if case.labels is None and organs:
+                problems.append(
+                    f"{listed}: case {case.name} names organs, but {folder / 'labels'} has no "
+                    f"{case.name}.nii.gz; taken as a scan without labels"
+                )
             made = [organ for organ in entry.get("propagated", ()) if organ in named]
             if made and case.name in chances:
                 case = replace(case, propagated=made[0], chances=chances[case.name])

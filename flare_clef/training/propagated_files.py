@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from flare_clef.errors import UserError
 from flare_clef.images import read_image, strip_suffix
 from flare_clef.organs import Organ
+from flare_clef.paths import check_writable
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, possible_values
@@ -124,6 +125,7 @@ def check_output(output: Path) -> None:
             f"{output}: holds images/ or labels/ of others, which would be replaced; name another "
             "folder with --output"
         )
+    check_writable(output)
 
 
 def remove_others(output: Path, names: set[str]) -> None:

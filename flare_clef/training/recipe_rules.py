@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 _LARGEST_SEED = 10**9
 """Times a million and three it still is a seed that torch takes."""
 
-Rule = tuple[str, float, bool, str]
+_LARGEST_OFFSET = 20.0
+"""Of a logit: more than weights in half precision can tell from certainty."""
+
+Rule = tuple[str, Any, bool, str]
 """Key, value, whether it is fine, what is allowed."""
 
 
@@ -86,6 +89,9 @@ def problem_of(recipe: Recipe) -> str | None:
         ("data.fold", data.fold, 0 <= data.fold < max(data.folds, 1), "below data.folds"),
         ("export.calibration_volumes", recipe.export.calibration_volumes,
          recipe.export.calibration_volumes >= 0, "0 or more"),
+        ("export.offsets", list(recipe.export.offsets.values()),
+         all(abs(value) <= _LARGEST_OFFSET for value in recipe.export.offsets.values()),
+         f"-{_LARGEST_OFFSET:g} to {_LARGEST_OFFSET:g} each"),
         ("validate_every_steps", recipe.validate_every_steps, recipe.validate_every_steps >= 1,
          "1 or more"),
     ]  # fmt: skip

@@ -142,4 +142,12 @@ class Run:
 def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Cases to train on, and those kept aside."""
     aside = run.recipe.data.kept_aside(case.name for case in cases)
-    return [c for c in cases if c.name not in aside], [c for c in cases if c.name in aside]
+    trained = [case for case in cases if case.name not in aside]
+    if cases and not trained:
+        raise UserError(
+            f"data.validation keeps all {len(cases)} labelled case(s) aside; leave some to train on"
+        )
+    unknown = sorted(set(run.recipe.finetune.repeats) - {case.name for case in cases})
+    if unknown:
+        run.say(f"warning: finetune.repeats: no case of this name: {', '.join(unknown)}")
+    return trained, [case for case in cases if case.name in aside]

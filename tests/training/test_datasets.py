@@ -34,6 +34,15 @@ def test_our_layout_with_and_without_labels(tmp_path: Path):
     assert [case.name for case in find_cases(tmp_path)] == ["a"]
 
 
+def test_a_label_map_that_went_missing_is_named(tmp_path: Path):
+    touch(tmp_path, "images/a_0000", "labels/a", "images/b_0000")
+    entry = {"organs": ["liver"]}
+    (tmp_path / "cases.json").write_text(json.dumps({"a": entry, "b": entry}))
+    found = read_dataset(tmp_path)
+    assert [(case.name, case.organs) for case in found.cases] == [("a", ("liver",)), ("b", ())]
+    assert "case b names organs, but" in found.problems[0] and len(found.problems) == 1
+
+
 def test_names_without_a_channel_and_other_formats(tmp_path: Path):
     touch(tmp_path, "images/a", "labels/a")
     (tmp_path / "images" / "b_0000.mha").touch()

@@ -197,6 +197,12 @@ def test_what_is_missing_is_named(folder: Path):
         "--set", "pretrain=false", "--set", "data.folds=0", "--set", 'data.validation=["c9"]',
     )  # fmt: skip
     assert "no case c9 with labels" in str(done.exception)
+    names = ", ".join(f'"{path.name.split(".")[0]}"' for path in (folder / "data" / "labels").iterdir())
+    done = call(
+        folder, "finetune", recipe, "--output", str(folder / "new"),
+        "--set", "pretrain=false", "--set", "data.folds=0", "--set", f"data.validation=[{names}]",
+    )  # fmt: skip
+    assert "labelled case(s) aside; leave some to train on" in str(done.exception)
 
 
 def test_the_papers_recipe_says_what_the_paper_says():

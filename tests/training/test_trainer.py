@@ -83,6 +83,8 @@ def test_bad_pairs_are_named(tmp_path: Path):
         ("[finetune]\nstages = [{grid = 128, block = 80, steps = 1}]",
          "stages[0].block = 80: must be 0, or a multiple of 32 from 64 to its grid"),
         ("[finetune]\nstages = [{grid = 96, block = 128, steps = 1}]", "block = 128: must be 0"),
+        ("[export.offsets]\nliver = nan\n[finetune]\nstages = [{grid = 64, steps = 1}]",
+         "export.offsets = [nan]: must be -20 to 20 each"),
         ("[export.offsets]\ncolon = 1.0\n[finetune]\nstages = [{grid = 64, steps = 1}]",
          "export.offsets: 'colon' is no organ"),
         ("[export]\noperating_points = true\noffsets = {liver = 1}\n"
