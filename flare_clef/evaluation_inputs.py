@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flare_clef.errors import UserError
-from flare_clef.images import find_inputs, output_name, read_image, strip_suffix
+from flare_clef.images import read_image
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
+from flare_clef.scan_files import find_inputs, output_name, strip_suffix
 
 if TYPE_CHECKING:
     from flare_clef.images import Image

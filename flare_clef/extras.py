@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flare_clef.formats import itksnap_labels, slicer_colours
-from flare_clef.images import Image, strip_suffix
+from flare_clef.images import Image
 from flare_clef.measurements import CaseMeasurement, MeasurementFiles, measure
 from flare_clef.organs import ORGANS
+from flare_clef.scan_files import strip_suffix
 from flare_clef.writing import write_bytes, write_labels
 
 if TYPE_CHECKING:
-    from flare_clef.batch import Job
+    from flare_clef.jobs import Job
     from flare_clef.segmenter import Segmentation
 
 

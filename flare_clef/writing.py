@@ -19,8 +19,9 @@ import SimpleITK as sitk
 from flare_clef import nifti, nrrd
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
-from flare_clef.images import ITK_NIFTI, Image, itk_reason, strip_suffix
+from flare_clef.images import ITK_NIFTI, Image, itk_reason
 from flare_clef.paths import check_name
+from flare_clef.scan_files import strip_suffix
 
 
 def labels_to_sitk(labels: np.ndarray, like: Image) -> sitk.Image:

@@ -1,4 +1,4 @@
-"""Which scan goes where, and that one bad case never ends the batch."""
+"""That nothing ends a batch but its own end; bad cases among good ones: test_cli.py."""
 
 from __future__ import annotations
 
@@ -6,131 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_dicom, write_scan
 
-from flare_clef.batch import CaseResult, Job, _Writer, is_there, plan_jobs, shard
-from flare_clef.errors import UsageError, UserError
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("b.nii.gz", "a_0000.nii.gz", "c.mha"):
-        write_scan(tmp_path / "in" / name)
-    return tmp_path / "in"
-
-
-def test_folder_to_folder(folder: Path, tmp_path: Path):
-    jobs = plan_jobs(folder, tmp_path / "out")
-    assert [(j.source.name, j.target) for j in jobs] == [
-        ("a_0000.nii.gz", tmp_path / "out" / "a.nii.gz"),
-        ("b.nii.gz", tmp_path / "out" / "b.nii.gz"),
-        ("c.mha", tmp_path / "out" / "c.mha"),
-    ]
-    assert [job.case for job in jobs] == ["a", "b", "c"]
-
-
-def test_file_to_file_or_folder(folder: Path, tmp_path: Path):
-    scan = folder / "a_0000.nii.gz"
-    (tmp_path / "there").mkdir()
-    for target, expected in (
-        (tmp_path / "labels.nii.gz", tmp_path / "labels.nii.gz"),
-        (tmp_path / "labels.nrrd", tmp_path / "labels.nrrd"),
-        (tmp_path / "there", tmp_path / "there" / "a.nii.gz"),
-        (tmp_path / "new", tmp_path / "new" / "a.nii.gz"),
-    ):
-        assert plan_jobs(scan, target) == [Job(scan, expected)]
-
-
-def test_folder_to_file_is_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="folder of 3 scan.*must be a folder, not a file"):
-        plan_jobs(folder, tmp_path / "labels.nii.gz")
-
-
-def test_output_of_another_kind_is_refused(folder: Path, tmp_path: Path):
-    (tmp_path / "labels.txt").write_text("")
-    with pytest.raises(UserError, match="file of another kind"):
-        plan_jobs(folder / "c.mha", tmp_path / "labels.txt")
-
-
-def test_same_output_twice_is_refused(folder: Path, tmp_path: Path):
-    write_scan(folder / "a.nii.gz")
-    with pytest.raises(UserError, match="both a.* and a.* would be written there"):
-        plan_jobs(folder, tmp_path / "out")
-
-
-def test_overwriting_an_input_is_refused(folder: Path):
-    with pytest.raises(UserError, match="would overwrite this input"):
-        plan_jobs(folder, folder)
-    with pytest.raises(UserError, match="would overwrite this input"):
-        plan_jobs(folder / "b.nii.gz", folder / "b.nii.gz")
-
-
-def test_output_inside_the_input_folder(folder: Path):
-    first = plan_jobs(folder, folder / "out")
-    for job in first:
-        write_scan(job.target)
-    assert plan_jobs(folder, folder / "out") == first
-
-
-def test_shards_are_disjoint_and_complete(folder: Path):
-    jobs = [Job(Path(str(i)), Path(f"out/{i}")) for i in range(11)]
-    parts = [shard(jobs, f"{k}/4") for k in range(4)]
-    assert [len(p) for p in parts] == [3, 3, 3, 2]
-    assert sorted((j for p in parts for j in p), key=lambda j: int(j.source.name)) == jobs
-
-
-@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0", "", "²/4"])
-def test_bad_shard(text: str):
-    with pytest.raises(UsageError, match="expected K/N"):
-        shard([], text)
-
-
-def test_a_file_beside_the_labels_is_written_by_one_case_only(folder: Path, tmp_path: Path):
-    write_scan(folder / "b.mha")
-    assert len(plan_jobs(folder, tmp_path / "out")) == 4
-    with pytest.raises(UserError, match=r"out/b: both b\..* and b\..* would be written there"):
-        plan_jobs(folder, tmp_path / "out", files_beside=True)
-
-
-def test_formats_of_two_files_become_those_of_one(folder: Path, tmp_path: Path):
-    names = {}
-    for name in ("x.mhd", "y.nhdr"):
-        scan = write_scan(tmp_path / name)
-        names[name] = plan_jobs(scan, tmp_path / "out")[0].target.name
-        with pytest.raises(UserError, match="labels are written as"):
-            plan_jobs(scan, tmp_path / f"labels{scan.suffix}")
-    assert names == {"x.mhd": "x.mha", "y.nhdr": "y.nrrd"}
-
-
-def test_nothing_is_written_into_a_dicom_series(tmp_path: Path, monkeypatch):
-    write_dicom(tmp_path / "all" / "s", [0, 3, 6])
-    series = tmp_path / "all" / "s"
-    with pytest.raises(UserError, match="would be written into the DICOM series"):
-        plan_jobs(series, series)
-    # Its masks would go to all/s/.
-    with pytest.raises(UserError, match="would be written into the DICOM series"):
-        plan_jobs(series, tmp_path / "all", files_beside=True)
-    assert plan_jobs(series, tmp_path / "all")[0].target == tmp_path / "all" / "s.nii.gz"
-    monkeypatch.chdir(series)
-    assert plan_jobs(Path("."), tmp_path / "out")[0].target == tmp_path / "out" / "s.nii.gz"
-
-
-def test_whether_all_files_are_there(tmp_path: Path):
-    job = Job(tmp_path / "a_0000.nii.gz", tmp_path / "out" / "a.nii.gz")
-    nothing = {"report": False, "split": False, "probabilities": False}
-    assert not is_there(job, **nothing)
-    write_scan(job.target)
-    assert is_there(job, **nothing)
-    for what, names in (
-        ("report", ("a.report.html", "a.png")),
-        ("probabilities", ("a.probabilities.npz",)),
-        ("split", ("a",)),
-    ):
-        asked = {**nothing, what: True}
-        for name in names:
-            assert not is_there(job, **asked)
-            (job.target.parent / name).touch()
-        assert is_there(job, **asked)
+from flare_clef.batch import CaseResult, _Writer
+from flare_clef.jobs import Job
 
 
 def test_what_hears_of_results_may_fail_and_nobody_waits_for_ever():

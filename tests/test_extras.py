@@ -11,9 +11,9 @@ import SimpleITK as sitk
 from conftest import body_hu, write_scan
 from typer.testing import CliRunner
 
-from flare_clef.batch import plan_jobs
 from flare_clef.cli import app
 from flare_clef.errors import UserError
+from flare_clef.jobs import plan_jobs
 
 
 @pytest.fixture

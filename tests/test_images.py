@@ -18,12 +18,10 @@ from hypothesis import strategies as st
 from flare_clef.errors import UserError
 from flare_clef.images import (
     describe,
-    find_inputs,
     image_from_array,
-    output_name,
     read_image,
-    strip_suffix,
 )
+from flare_clef.scan_files import find_inputs, output_name, strip_suffix
 from flare_clef.writing import write_labels
 
 

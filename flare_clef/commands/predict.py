@@ -1,4 +1,4 @@
-"""``flare-clef predict``: a thin skin on :mod:`flare_clef.batch` and ``Segmenter``."""
+"""``flare-clef predict``: a thin skin on the modules ``jobs``, ``batch`` and ``segmenter``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flare_clef.commands.options import MACHINE, DeviceOption, PrecisionOption, 
 
 if TYPE_CHECKING:
     from flare_clef.batch import CaseResult
+    from flare_clef.jobs import Job
     from flare_clef.progress import Progress
     from flare_clef.resources import ConsecutiveStages
 
@@ -147,21 +148,23 @@ def predict(
 ) -> None:
     """Segment scans: 13 organs as labels 1-13 on each scan's own grid."""
     from flare_clef import batch
+    from flare_clef.jobs import is_there, plan_jobs
+    from flare_clef.jobs import shard as take_shard
     from flare_clef.progress import Progress
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
     beside = {"report": report, "split": split, "probabilities": probabilities}
     files_beside = measurements or any(beside.values())
-    jobs = batch.plan_jobs(input, output, form, files_beside=files_beside)
+    jobs = plan_jobs(input, output, form, files_beside=files_beside)
     _check_outputs(form, postprocess, report=report)
     if shard is not None:
-        jobs = batch.shard(jobs, shard)
+        jobs = take_shard(jobs, shard)
     stages = _start_profile(profile) if profile is not None else None
     progress = Progress(len(jobs), quiet=quiet)
     results: list[CaseResult] = []
 
-    def on_stage(job: batch.Job, stage: str) -> None:
+    def on_stage(job: Job, stage: str) -> None:
         progress.stage(job.case, stage)
         if stages is not None:
             stages.begin(job.case, stage)
@@ -180,7 +183,7 @@ def predict(
     todo = []
     for job in jobs:
         known = measured is None or job.case in measured
-        if not overwrite and known and batch.is_there(job, **beside):
+        if not overwrite and known and is_there(job, **beside):
             on_result(batch.CaseResult(job, status="skipped"))
         else:
             todo.append(job)

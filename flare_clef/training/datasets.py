@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flare_clef.errors import UserError
-from flare_clef.images import strip_suffix
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
+from flare_clef.scan_files import strip_suffix
 from flare_clef.training.cases import Case
 from flare_clef.training.doubt import UNDECIDED
 

@@ -12,9 +12,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import read_image, strip_suffix
+from flare_clef.images import read_image
 from flare_clef.organs import Organ
 from flare_clef.paths import check_writable
+from flare_clef.scan_files import strip_suffix
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, possible_values

@@ -14,8 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import strip_suffix
 from flare_clef.organs import Organ
+from flare_clef.scan_files import strip_suffix
 from flare_clef.training.atlas_store import load_maps
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.fusion import calibrate

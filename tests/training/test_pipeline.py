@@ -197,7 +197,9 @@ def test_what_is_missing_is_named(folder: Path):
         "--set", "pretrain=false", "--set", "data.folds=0", "--set", 'data.validation=["c9"]',
     )  # fmt: skip
     assert "no case c9 with labels" in str(done.exception)
-    names = ", ".join(f'"{path.name.split(".")[0]}"' for path in (folder / "data" / "labels").iterdir())
+    names = ", ".join(
+        f'"{path.name.split(".")[0]}"' for path in (folder / "data" / "labels").iterdir()
+    )
     done = call(
         folder, "finetune", recipe, "--output", str(folder / "new"),
         "--set", "pretrain=false", "--set", "data.folds=0", "--set", f"data.validation=[{names}]",

@@ -1,0 +1,116 @@
+"""Which scan's labels go to which file, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flare_clef.errors import UsageError, UserError
+from flare_clef.formats import ENDINGS, SUFFIX_OF
+from flare_clef.paths import check_name
+from flare_clef.scan_files import SUFFIXES, find_inputs, output_name, strip_suffix
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan and the file that its labels go to."""
+
+    source: Path
+    target: Path
+
+    @property
+    def case(self) -> str:
+        name = self.target.name
+        return strip_suffix(name)[0].removesuffix(".seg").removesuffix(".dcm")
+
+
+def plan_jobs(
+    source: Path, target: Path, form: str | None = None, *, files_beside: bool = False
+) -> list[Job]:
+    """Jobs for INPUT and OUTPUT of the command line. Raises UserError before anything runs.
+
+    A file in: a file or folder out (a folder is what exists as one, or has no suffix of an
+    image). A folder in: a folder out. Two inputs with the same output are refused, and so is
+    an output that would overwrite an input or lie in a DICOM series. ``form``: one of
+    ``SUFFIX_OF``; by default the input's own format, NIfTI for DICOM. ``files_beside``: files
+    named after the case are written beside the labels, so that no two cases may share a name.
+    """
+    ending = _ending(form)
+    check_name(target)
+    inputs = find_inputs(source)
+    one = len(inputs) == 1 and inputs[0] == source
+    suffix = "" if target.is_dir() else strip_suffix(target.name)[1]
+    if ending == ".dcm" and target.suffix == ".dcm":
+        suffix = ".dcm"
+    if suffix.lower() in (".mhd", ".nhdr"):
+        raise UserError(f"{target}: labels are written as .nii.gz, .nii, .mha or .nrrd")
+    if suffix and form and not target.name.lower().endswith(ENDINGS[form]):
+        raise UserError(f"{target}: --format {form} writes {ending} files; rename the output")
+    if suffix and not one:
+        raise UserError(
+            f"{target}: {source} is a folder of {len(inputs)} scan(s), so the output must be a "
+            "folder, not a file"
+        )
+    if target.is_file() and not suffix:
+        raise UserError(f"{target}: is a file of another kind; labels go to {' '.join(SUFFIXES)}")
+    jobs = [Job(path, target if suffix else target / output_name(path, ending)) for path in inputs]
+    _check_clashes(jobs, files_beside=files_beside)
+    return jobs
+
+
+def _check_clashes(jobs: Sequence[Job], *, files_beside: bool) -> None:
+    """Raises UserError where an output would be written twice, or over or into an input."""
+    writers: dict[Path, Path] = {}
+    taken = {job.source.resolve(): job.source for job in jobs}
+    for job in jobs:
+        named = job.target.with_name(job.case)
+        for place in (job.target, named) if files_beside else (job.target,):
+            other = writers.setdefault(place, job.source)
+            if other is not job.source:
+                raise UserError(
+                    f"{place}: both {other.name} and {job.source.name} would be written there; "
+                    "rename one of them"
+                )
+        if job.target.resolve() in taken:
+            raise UserError(
+                f"{job.target}: the labels would overwrite this input; choose another folder"
+            )
+        # The next run would take labels there for the scan.
+        series = taken.get(job.target.resolve().parent)
+        if files_beside:
+            series = series or taken.get(named.resolve())
+        if series is not None:
+            raise UserError(
+                f"{job.target}: files would be written into the DICOM series {series}; choose "
+                "another folder"
+            )
+
+
+def is_there(job: Job, *, report: bool, split: bool, probabilities: bool) -> bool:
+    """Whether a run has left all files of ``job``; the folder of masks stands for what is in it."""
+    named = job.target.with_name(job.case)
+    beside = {
+        f"{job.case}.report.html": report,
+        f"{job.case}.png": report,
+        f"{job.case}.probabilities.npz": probabilities,
+        job.case: split,
+    }
+    wanted = [named.with_name(name) for name, asked in beside.items() if asked]
+    return all(path.exists() for path in (job.target, *wanted))
+
+
+def _ending(form: str | None) -> str | None:
+    if form is None:
+        return None
+    if form not in SUFFIX_OF:
+        raise UsageError(f"--format {form}: unknown; known are {', '.join(SUFFIX_OF)}")
+    return SUFFIX_OF[form]
+
+
+def shard(jobs: Sequence[Job], part: str) -> list[Job]:
+    """Every N-th job from K on, for ``part`` = ``K/N`` with K from 0 to N - 1."""
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--shard {part}: expected K/N with K from 0 to N-1, such as 0/4")
+    return list(jobs[int(index) :: int(count)])

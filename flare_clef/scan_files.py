@@ -1,0 +1,71 @@
+"""Which files and folders are scans, and what the labels of each are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flare_clef.dicom import is_dicom_folder
+from flare_clef.errors import UserError
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+_CHANNEL = "_0000"
+
+
+def strip_suffix(name: str) -> tuple[str, str]:
+    """``scan.nii.gz`` to (``scan``, ``.nii.gz``); the suffix is '' if it is not an image's."""
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)], name[-len(suffix) :]
+    return name, ""
+
+
+def output_name(path: Path, suffix: str | None = None) -> str:
+    """Name of the label map: the harness's ``X_0000`` loses ``_0000``, others keep theirs.
+
+    The formats of two files, a header and its voxels, become those that hold both in one.
+    """
+    # A series that the user stands in is called '.'.
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    stem, own = strip_suffix(name)
+    own = {".mhd": ".mha", ".nhdr": ".nrrd"}.get(own.lower(), own)
+    return (stem.removesuffix(_CHANNEL) or stem) + (suffix or own or ".nii.gz")
+
+
+def find_inputs(path: Path) -> list[Path]:
+    """The scans that ``path`` stands for, by name: itself, or those in the folder.
+
+    A folder of one DICOM series is one scan, and so is a sub-folder of one. Raises UserError.
+    """
+    try:
+        if path.is_file():
+            return [path]
+        if not path.exists():
+            kind = "a link to nothing" if path.is_symlink() else "no such file or folder"
+            raise UserError(f"{path}: {kind}; check the path")
+        if not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder")
+        entries = sorted(path.iterdir())
+        found = [e for e in entries if not e.name.startswith(".") and _is_scan(e)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if found:
+        return found
+    if is_dicom_folder(path):
+        return [path]
+    raise UserError(
+        f"{path}: no scan among its {len(entries)} entries; expected {' '.join(SUFFIXES)} "
+        "or a DICOM series"
+    )
+
+
+def _is_scan(entry: Path) -> bool:
+    if entry.is_symlink() and not entry.exists():
+        # Listed, so that the case fails by name rather than being left out silently.
+        return bool(strip_suffix(entry.name)[1])
+    if entry.is_dir():
+        try:
+            return is_dicom_folder(entry)
+        except OSError:
+            # Listed, too; every disk has this one, and only its administrator may read it.
+            return entry.name != "lost+found"
+    return bool(strip_suffix(entry.name)[1])
