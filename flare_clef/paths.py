@@ -31,7 +31,7 @@ def check_writable(folder: Path) -> None:
         reason = "Permission denied"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise UserError(f"{folder}: cannot be written ({reason}); choose another --output")
+    raise UserError(f"{folder}: cannot be written ({reason}); choose another folder")
 
 
 @contextlib.contextmanager

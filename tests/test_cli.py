@@ -82,6 +82,7 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
         (("predict", "in", "out", "--device", "gpu"), "expected auto, cpu, cuda or cuda:N", 2),
         (("predict", "in", "out", "--shard", "9/4"), "expected K/N", 2),
         (("predict", "", "out"), "an argument is empty", 2),
+        (("predict", "in", "in/b with space.mha/out"), "cannot be written (Not a directory)", 1),
         (("predict", "in", "out", "--weights", "none.safetensors"), "no such weights file", 1),
         (("predict", "in", "in"), "would overwrite this input", 1),
         (("predict", "in"), "Missing argument", 2),

@@ -150,6 +150,7 @@ def predict(
     from flare_clef import batch
     from flare_clef.jobs import is_there, plan_jobs
     from flare_clef.jobs import shard as take_shard
+    from flare_clef.paths import check_writable
     from flare_clef.progress import Progress
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
@@ -187,6 +188,7 @@ def predict(
             on_result(batch.CaseResult(job, status="skipped"))
         else:
             todo.append(job)
+    check_writable(folder)
     if label_tables:
         from flare_clef.extras import write_label_tables
 
