@@ -69,6 +69,11 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
         )  # fmt: skip
         assert done.returncode == 0
     names = [[p.name for p in (tmp_path / f"out{k}").iterdir()] for k in range(2)]
+    one = scans / "a_0000.nii.gz"
+    nothing = run(
+        "predict", one, tmp_path / "l.nii.gz", "--weights", tiny_weights, "--shard", "1/2"
+    )
+    assert (nothing.returncode, (tmp_path / "l.nii.gz").exists()) == (0, False)
     assert names == [["a.nii.gz"], ["b with space.mha"]]
 
 

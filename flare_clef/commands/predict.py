@@ -158,6 +158,7 @@ def predict(
     beside = {"report": report, "split": split, "probabilities": probabilities}
     files_beside = measurements or any(beside.values())
     jobs = plan_jobs(input, output, form, files_beside=files_beside)
+    folder = jobs[0].target.parent
     _check_outputs(form, postprocess, report=report)
     if shard is not None:
         jobs = take_shard(jobs, shard)
@@ -174,7 +175,6 @@ def predict(
         results.append(result)
         _report(result, progress, json=json, number=len(results), total=len(jobs))
 
-    folder = jobs[0].target.parent if jobs else output
     part = shard or ""
     measured = None
     if measurements and not overwrite:
