@@ -30,7 +30,7 @@ THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
 STEPS = {
     "affine": "affine vote of all atlases",
     "affine_free": "the same, other organs' voxels excluded",
-    "deformed": "10 best atlases deformed, mean",
+    "deformed": "all atlases deformed, mean of the 12 that fit best then",
     "local": "the same, weighted where they fit",
 }
 PARAMETERS_EVERY = 5

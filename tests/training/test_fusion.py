@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flare_clef.training.atlas_votes import FUSED_ATLASES, collect
 from flare_clef.training.fusion import agreement, calibrate, fuse, possible_values
 
 
@@ -43,3 +44,11 @@ def test_more_votes_never_mean_less() -> None:
     true = np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0], bool)
     curve = calibrate([vote], [true]).probability(np.linspace(0, 1, 50))
     assert (np.diff(curve) >= 0).all()
+
+
+def test_the_atlases_that_fit_best_vote() -> None:
+    fits = np.random.default_rng(0).permutation(FUSED_ATLASES + 3) / 100
+    votes = [(np.full((1, 1, 1), fit), np.zeros((1, 1, 1)), float(fit)) for fit in fits]
+    kept = collect(votes)
+    wanted = sorted(fits, reverse=True)[:FUSED_ATLASES]
+    assert list(kept.agreement) == wanted and kept.organ.ravel().tolist() == wanted
