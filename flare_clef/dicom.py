@@ -14,8 +14,10 @@ from flare_clef.paths import check_name
 _POSITION, _ORIENTATION, _ROWS, _COLUMNS = "0020|0032", "0020|0037", "0028|0010", "0028|0011"
 _DESCRIPTION = "0008|103e"
 _UNEVEN_SHARE = 0.02
-_CT_IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]")
-"""Media Storage SOP Class UID of a CT image (PS3.4, B.5), plain, enhanced or converted."""
+_CT_IMAGE = re.compile(
+    rb"\x02\x00\x02\x00UI..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL
+)
+"""Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
 
 
 def is_dicom_folder(path: Path) -> bool:
@@ -55,7 +57,7 @@ def series_files(folder: Path) -> tuple[str, ...]:
 def _check_left_out(entries: list[Path], files: tuple[str, ...]) -> None:
     """GDCM passes over what it cannot read: a scan must not lose its first or last slice so."""
     listed = {Path(file).name for file in files}
-    suffixes = {Path(file).suffix for file in files}
+    patterns = {_pattern(name) for name in listed}
     for entry in entries:
         if entry.name in listed:
             continue
@@ -63,16 +65,21 @@ def _check_left_out(entries: list[Path], files: tuple[str, ...]) -> None:
             with entry.open("rb") as opened:
                 start = opened.read(4096)
         except OSError as error:
-            if entry.suffix not in suffixes:
+            if _pattern(entry.name) not in patterns:
                 continue
             reason = error.strerror or str(error)
             raise UserError(f"{entry}: a slice that cannot be read ({reason})") from None
-        cut = entry.suffix in suffixes and len(start) < 132
+        cut = _pattern(entry.name) in patterns and len(start) < 132
         if cut or (start[128:132] == b"DICM" and _CT_IMAGE.search(start)):
             size = entry.stat().st_size
             raise UserError(
                 f"{entry}: a slice that cannot be read ({size} bytes, cut?); copy the series again"
             )
+
+
+def _pattern(name: str) -> str:
+    """What the names of a series have in common."""
+    return re.sub(r"\d+", "0", name)
 
 
 def read_series(folder: Path) -> sitk.Image:
