@@ -11,34 +11,38 @@ import SimpleITK as sitk
 from flare_clef.errors import UserError
 from flare_clef.paths import check_name
 
-_POSITION, _ORIENTATION, _ROWS, _COLUMNS = "0020|0032", "0020|0037", "0028|0010", "0028|0011"
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 _DESCRIPTION = "0008|103e"
 _UNEVEN_SHARE = 0.02
-_CT_IMAGE = re.compile(
-    rb"\x02\x00\x02\x00UI..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL
-)
+_CLASS = b"\2\0\2\0UI"
+_CT_IMAGE = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL)
 """Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
 
 
 def is_dicom_folder(path: Path) -> bool:
     """Whether any file directly in ``path`` is a DICOM file (``DICM`` after 128 bytes)."""
-    for entry in sorted(path.iterdir()):
-        if entry.name.startswith(".") or not entry.is_file():
-            continue
-        try:
-            with entry.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return True
-        except OSError:
-            continue
-    return False
+    entries = sorted(path.iterdir())
+    return any(_has_magic(e) for e in entries if not e.name.startswith(".") and e.is_file())
+
+
+def _has_magic(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def series_files(folder: Path) -> tuple[str, ...]:
     """Files of the one series of ``folder``, sorted by position. Raises UserError, one line."""
-    entries = sorted(e for e in folder.iterdir() if not e.name.startswith(".") and e.is_file())
+    entries = sorted(
+        e
+        for e in folder.iterdir()
+        if not e.name.startswith(".") and (e.is_file() or e.is_symlink())
+    )
     for entry in entries:
-        check_name(entry)
+        if _has_magic(entry):
+            check_name(entry)
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder}: no DICOM series with pixel data in this folder")
@@ -69,7 +73,8 @@ def _check_left_out(entries: list[Path], files: tuple[str, ...]) -> None:
                 continue
             reason = error.strerror or str(error)
             raise UserError(f"{entry}: a slice that cannot be read ({reason})") from None
-        cut = _pattern(entry.name) in patterns and len(start) < 132
+        # Called as a slice it must at least say that it is something else.
+        cut = _pattern(entry.name) in patterns and _CLASS not in start[128:]
         if cut or (start[128:132] == b"DICM" and _CT_IMAGE.search(start)):
             size = entry.stat().st_size
             raise UserError(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError, UserError
 from flare_clef.evaluation_inputs import (
     LabelMap,
     Pair,
@@ -107,7 +107,7 @@ def evaluate_files(
     asked = tuple(organs) if organs is not None else tuple(ORGAN_BY_NAME)
     for name in asked:
         if name not in ORGAN_BY_NAME:
-            raise UserError(f"organ {name!r} is unknown; known are {', '.join(ORGAN_BY_NAME)}")
+            raise UsageError(f"organ {name!r} is unknown; known are {', '.join(ORGAN_BY_NAME)}")
     pairs, left_over = match_files(predictions, references)
     listing = cases_file if cases_file is not None else find_cases_file(references)
     labelled = read_labelled_organs(listing, references) if listing is not None else {}

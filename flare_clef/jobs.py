@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flare_clef.errors import UsageError, UserError
 from flare_clef.formats import ENDINGS, SUFFIX_OF
+from flare_clef.organs import ORGANS
 from flare_clef.paths import check_name
 from flare_clef.scan_files import SUFFIXES, find_inputs, output_name, strip_suffix
 
@@ -26,7 +27,12 @@ class Job:
 
 
 def plan_jobs(
-    source: Path, target: Path, form: str | None = None, *, files_beside: bool = False
+    source: Path,
+    target: Path,
+    form: str | None = None,
+    *,
+    files_beside: bool = False,
+    masks: bool = False,
 ) -> list[Job]:
     """Jobs for INPUT and OUTPUT of the command line. Raises UserError before anything runs.
 
@@ -35,6 +41,7 @@ def plan_jobs(
     an output that would overwrite an input or lie in a DICOM series. ``form``: one of
     ``SUFFIX_OF``; by default the input's own format, NIfTI for DICOM. ``files_beside``: files
     named after the case are written beside the labels, so that no two cases may share a name.
+    ``masks``: a folder of that name is, too, which must be no input.
     """
     ending = _ending(form)
     check_name(target)
@@ -55,11 +62,11 @@ def plan_jobs(
     if target.is_file() and not suffix:
         raise UserError(f"{target}: is a file of another kind; labels go to {' '.join(SUFFIXES)}")
     jobs = [Job(path, target if suffix else target / output_name(path, ending)) for path in inputs]
-    _check_clashes(jobs, files_beside=files_beside)
+    _check_clashes(jobs, files_beside=files_beside, masks=masks)
     return jobs
 
 
-def _check_clashes(jobs: Sequence[Job], *, files_beside: bool) -> None:
+def _check_clashes(jobs: Sequence[Job], *, files_beside: bool, masks: bool) -> None:
     """Raises UserError where an output would be written twice, or over or into an input."""
     writers: dict[Path, Path] = {}
     taken = {job.source.resolve(): job.source for job in jobs}
@@ -78,7 +85,7 @@ def _check_clashes(jobs: Sequence[Job], *, files_beside: bool) -> None:
             )
         # The next run would take labels there for the scan.
         series = taken.get(job.target.resolve().parent)
-        if files_beside:
+        if masks:
             series = series or taken.get(named.resolve())
         if series is not None:
             raise UserError(
@@ -87,16 +94,25 @@ def _check_clashes(jobs: Sequence[Job], *, files_beside: bool) -> None:
             )
 
 
-def is_there(job: Job, *, report: bool, split: bool, probabilities: bool) -> bool:
-    """Whether a run has left all files of ``job``; the folder of masks stands for what is in it."""
-    named = job.target.with_name(job.case)
+def is_there(
+    job: Job,
+    *,
+    organs: Sequence[str] | None = None,
+    report: bool = False,
+    split: bool = False,
+    probabilities: bool = False,
+) -> bool:
+    """Whether a run has left all files of ``job``: masks of ``organs`` (None: all) if ``split``."""
     beside = {
         f"{job.case}.report.html": report,
         f"{job.case}.png": report,
         f"{job.case}.probabilities.npz": probabilities,
-        job.case: split,
     }
-    wanted = [named.with_name(name) for name, asked in beside.items() if asked]
+    wanted = [job.target.with_name(name) for name, asked in beside.items() if asked]
+    if split:
+        suffix = strip_suffix(job.target.name)[1] or ".nii.gz"
+        names = [organ.name for organ in ORGANS] if organs is None else organs
+        wanted += [job.target.with_name(job.case) / f"{name}{suffix}" for name in names]
     return all(path.exists() for path in (job.target, *wanted))
 
 

@@ -12,7 +12,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UsageError
 from flare_clef.images import Image
 
 _LETTERS = (("L", "R"), ("P", "A"), ("S", "I"))
@@ -26,7 +26,7 @@ ORIENTATIONS = tuple(
 def check_orientation(code: str) -> str:
     """``code`` in capitals. Raises UserError where it is none of the 48."""
     if code.upper() not in ORIENTATIONS:
-        raise UserError(
+        raise UsageError(
             f"orientation {code}: expected one each of L or R, P or A, S or I, such as LPS or RAS"
         )
     return code.upper()

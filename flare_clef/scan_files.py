@@ -68,4 +68,5 @@ def _is_scan(entry: Path) -> bool:
         except OSError:
             # Listed, too; every disk has this one, and only its administrator may read it.
             return entry.name != "lost+found"
-    return bool(strip_suffix(entry.name)[1])
+    # A segmentation of 3D Slicer, or of ours, beside its scan.
+    return bool(strip_suffix(entry.name)[1]) and not entry.name.lower().endswith(".seg.nrrd")

@@ -116,6 +116,8 @@ def write_scan(scan: Image, path: Path) -> None:
             _write_nifti(scan.array, scan, temporary, named=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written ({itk_reason(error)})") from None
 
 
 def _write_nifti(array: np.ndarray, like: Image, path: Path, *, named: bool) -> None:

@@ -398,13 +398,20 @@ def test_dicom_trouble(tmp_path: Path):
     write_dicom(tmp_path / "tilted", [0, 3, 6, 9], tilt=0.2)
     assert "gantry tilt of 11.3 degrees" in refused(tmp_path / "tilted")
     # GDCM passes over what it cannot read: the scan would lose its first slice.
-    for size in (0, 100, 700):
+    for size in (0, 100, 150, 700):
         write_dicom(tmp_path / f"cut{size}", [0, 3, 6, 9])
         first = tmp_path / f"cut{size}" / "1.2.3-0.dcm"
         first.write_bytes(first.read_bytes()[:size])
         assert f"1.2.3-0.dcm: a slice that cannot be read ({size} bytes, cut?)" in refused(
             first.parent
         )
+    write_dicom(tmp_path / "zeros", [0, 3, 6, 9])
+    first = tmp_path / "zeros" / "1.2.3-0.dcm"
+    first.write_bytes(bytes(first.stat().st_size))
+    assert "a slice that cannot be read" in refused(first.parent)
+    first.unlink()
+    first.symlink_to("nothing")
+    assert "1.2.3-0.dcm: a slice that cannot be read (No such file" in refused(first.parent)
     # What is no slice does not matter, even where it tells of some, as a DICOMDIR does.
     series = tmp_path / "cut0"
     for name, slice_of in enumerate(sorted(series.glob("*.dcm"))):
@@ -414,6 +421,7 @@ def test_dicom_trouble(tmp_path: Path):
     at = directory.index(b"1.2.840.10008.5.1.4.1.1.2")
     directory[at : at + 25] = b"1.2.840.10008.1.3.10\0\0\0\0\0"
     (series / "DICOMDIR").write_bytes(directory[:700] + b"1.2.840.10008.5.1.4.1.1.2\0")
+    (series / os.fsdecode(b"lies \xf6.txt")).write_text("by someone")
     assert read_image(series).array.shape[0] == 3
     (tmp_path / "none").mkdir()
     assert "no DICOM series" in refused(tmp_path / "none")

@@ -9,6 +9,7 @@ from conftest import write_dicom, write_scan
 
 from flare_clef.errors import UsageError, UserError
 from flare_clef.jobs import Job, is_there, plan_jobs, shard
+from flare_clef.organs import ORGANS
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def test_bad_shard(text: str):
 def test_a_file_beside_the_labels_is_written_by_one_case_only(folder: Path, tmp_path: Path):
     write_scan(folder / "b.mha")
     assert len(plan_jobs(folder, tmp_path / "out")) == 4
+    write_scan(folder / "c.seg.nrrd")  # a segmentation of c, no scan
     with pytest.raises(UserError, match=r"out/b: both b\..* and b\..* would be written there"):
         plan_jobs(folder, tmp_path / "out", files_beside=True)
 
@@ -108,7 +110,8 @@ def test_nothing_is_written_into_a_dicom_series(tmp_path: Path, monkeypatch):
         plan_jobs(series, series)
     # Its masks would go to all/s/.
     with pytest.raises(UserError, match="would be written into the DICOM series"):
-        plan_jobs(series, tmp_path / "all", files_beside=True)
+        plan_jobs(series, tmp_path / "all", files_beside=True, masks=True)
+    plan_jobs(series, tmp_path / "all", files_beside=True)
     assert plan_jobs(series, tmp_path / "all")[0].target == tmp_path / "all" / "s.nii.gz"
     monkeypatch.chdir(series)
     assert plan_jobs(Path("."), tmp_path / "out")[0].target == tmp_path / "out" / "s.nii.gz"
@@ -123,10 +126,11 @@ def test_whether_all_files_are_there(tmp_path: Path):
     for what, names in (
         ("report", ("a.report.html", "a.png")),
         ("probabilities", ("a.probabilities.npz",)),
-        ("split", ("a",)),
+        ("split", [f"a/{organ.name}.nii.gz" for organ in ORGANS]),
     ):
         asked = {**nothing, what: True}
         for name in names:
             assert not is_there(job, **asked)
+            (job.target.parent / name).parent.mkdir(exist_ok=True)
             (job.target.parent / name).touch()
         assert is_there(job, **asked)

@@ -121,7 +121,7 @@ def _check_options(rules: str, output: Path | None, *, pictures: bool) -> None:
     if rules not in RULES:
         raise UsageError(f"--rules {rules}: expected one of {', '.join(RULES)}")
     if pictures and output is None:
-        raise UserError("--plots: pictures need a folder; name one with --output")
+        raise UsageError("--plots: pictures need a folder; name one with --output")
     try:
         import scipy  # noqa: F401
     except ImportError:

@@ -157,7 +157,7 @@ def predict(
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
     beside = {"report": report, "split": split, "probabilities": probabilities}
     files_beside = measurements or any(beside.values())
-    jobs = plan_jobs(input, output, form, files_beside=files_beside)
+    jobs = plan_jobs(input, output, form, files_beside=files_beside, masks=split)
     folder = jobs[0].target.parent
     _check_outputs(form, postprocess, report=report)
     if shard is not None:
@@ -184,11 +184,12 @@ def predict(
     todo = []
     for job in jobs:
         known = measured is None or job.case in measured
-        if not overwrite and known and is_there(job, **beside):
+        if not overwrite and known and is_there(job, organs=names, **beside):
             on_result(batch.CaseResult(job, status="skipped"))
         else:
             todo.append(job)
-    check_writable(folder)
+    if todo or label_tables:
+        check_writable(folder)
     if label_tables:
         from flare_clef.extras import write_label_tables
 

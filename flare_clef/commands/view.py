@@ -34,10 +34,10 @@ def view(
     import shutil
     from importlib.util import find_spec
 
-    from flare_clef.errors import UserError
+    from flare_clef.errors import UsageError, UserError
 
     if output is not None and output.suffix.lower() != ".png":
-        raise UserError(f"{output}: pictures are written as .png")
+        raise UsageError(f"{output}: pictures are written as .png")
     if output is not None and find_spec("PIL") is None:
         raise UserError('--output: Pillow is missing; pip install "flare-clef[report]"')
 
