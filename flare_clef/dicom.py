@@ -41,8 +41,12 @@ def series_files(folder: Path) -> tuple[str, ...]:
         if not e.name.startswith(".") and (e.is_file() or e.is_symlink())
     )
     for entry in entries:
-        if _has_magic(entry):
+        try:
             check_name(entry)
+        except UserError:
+            # Of what is no slice GDCM takes no notice.
+            if _has_magic(entry):
+                raise
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise UserError(f"{folder}: no DICOM series with pixel data in this folder")

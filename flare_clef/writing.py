@@ -45,13 +45,23 @@ def remove_temporary_files() -> None:
 
 @contextlib.contextmanager
 def _written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when all went well."""
-    suffix = strip_suffix(path.name)[1]
+    """A temporary name beside ``path`` that takes its place when all went well.
+
+    Raises UserError where it cannot be written; nothing is left behind then.
+    """
+    check_name(path)
+    # ITK knows suffixes in small letters only.
+    suffix = strip_suffix(path.name)[1].lower()
     temporary = path.with_name(f".flare-clef.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")
     _temporary.add(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be written ({itk_reason(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -69,24 +79,17 @@ def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = T
     suffix = strip_suffix(path.name)[1].lower()
     if suffix not in (".nii.gz", ".nii", ".mha", ".nrrd"):
         raise UserError(f"{path}: labels are written as .nii.gz, .nii, .mha or .nrrd")
-    check_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _written_beside(path) as temporary:
-            if suffix.startswith(".nii"):
-                _write_nifti(labels, like, temporary, named=named)
-                return
-            image = labels_to_sitk(labels, like)
-            if suffix == ".nrrd" and named:
-                for key, value in slicer_keys(image.GetSize()).items():
-                    image.SetMetaData(key, value)
-            sitk.WriteImage(image, str(temporary), True, 1)
-            if suffix == ".nrrd" and like.nrrd_geometry:
-                nrrd.repeat_geometry(temporary, like.nrrd_geometry)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be written ({itk_reason(error)})") from None
+    with _written_beside(path) as temporary:
+        if suffix.startswith(".nii"):
+            _write_nifti(labels, like, temporary, named=named)
+            return
+        image = labels_to_sitk(labels, like)
+        if suffix == ".nrrd" and named:
+            for key, value in slicer_keys(image.GetSize()).items():
+                image.SetMetaData(key, value)
+        sitk.WriteImage(image, str(temporary), True, 1)
+        if suffix == ".nrrd" and like.nrrd_geometry:
+            nrrd.repeat_geometry(temporary, like.nrrd_geometry)
 
 
 def _itk_header(like: Image, temporary: Path) -> bytes:
@@ -94,30 +97,25 @@ def _itk_header(like: Image, temporary: Path) -> bytes:
     # The next scan is being read meanwhile.
     with ITK_NIFTI:
         sitk.WriteImage(labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like), str(temporary))
+    if not temporary.stat().st_size:
+        # ITK does not say why.
+        raise OSError("no byte could be written; is the disk full?")
     return nifti.read_header(temporary).raw
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically. Raises UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _written_beside(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with _written_beside(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_scan(scan: Image, path: Path) -> None:
-    """Writes ``scan`` as .nii or .nii.gz, atomically. Raises UserError."""
-    check_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _written_beside(path) as temporary:
-            _write_nifti(scan.array, scan, temporary, named=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be written ({itk_reason(error)})") from None
+    """Writes ``scan`` (z, y, x) in its own type and geometry as .nii or .nii.gz, atomically.
+
+    Raises UserError where it cannot be written; nothing is left behind then.
+    """
+    with _written_beside(path) as temporary:
+        _write_nifti(scan.array, scan, temporary, named=False)
 
 
 def _write_nifti(array: np.ndarray, like: Image, path: Path, *, named: bool) -> None:
