@@ -101,8 +101,13 @@ def _open_closed_streams() -> None:
 def _refuse_empty_arguments() -> None:
     """An empty path would mean the folder that one stands in."""
     own = sys.argv[1:]
-    if "" in own[: own.index("--")] if "--" in own else "" in own:
-        raise UsageError("an argument is empty; is a variable not set?")
+    if "--" in own:
+        own = own[: own.index("--")]
+    for argument in own:
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            name = f" ({argument})" if argument else ""
+            hint = "; put -- before the command" if own[0] == "profile" else ""
+            raise UsageError(f"an argument is empty{name}; is a variable not set?{hint}")
 
 
 def main() -> None:
@@ -119,8 +124,6 @@ def main() -> None:
     except UserError as error:
         print(f"flare-clef: {error}", file=sys.stderr)
         _leave(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    except BrokenPipeError:
-        os._exit(EXIT_FAILED)
     except OSError as error:
         # What no module foresaw, such as a full disk behind stdout.
         where = f"{error.filename}: " if error.filename else ""

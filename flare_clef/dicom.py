@@ -17,20 +17,28 @@ _UNEVEN_SHARE = 0.02
 _CLASS = b"\2\0\2\0UI"
 _CT_IMAGE = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL)
 """Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
+_SEGMENTATION = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.66\.\d", re.DOTALL)
 
 
 def is_dicom_folder(path: Path) -> bool:
-    """Whether any file directly in ``path`` is a DICOM file (``DICM`` after 128 bytes)."""
-    entries = sorted(path.iterdir())
-    return any(_has_magic(e) for e in entries if not e.name.startswith(".") and e.is_file())
+    """Whether any file directly in ``path`` is a DICOM file (``DICM`` after 128 bytes).
+
+    Segmentations do not count: a folder of them holds results.
+    """
+    entries = sorted(e for e in path.iterdir() if not e.name.startswith(".") and e.is_file())
+    return any(_has_magic(e) and not _SEGMENTATION.search(_start(e)) for e in entries)
+
+
+def _start(path: Path, size: int = 4096) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
 
 
 def _has_magic(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return _start(path, 132)[128:] == b"DICM"
 
 
 def series_files(folder: Path) -> tuple[str, ...]:

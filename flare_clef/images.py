@@ -124,6 +124,9 @@ def _itk_readable(path: Path) -> Iterator[Path]:
 def _read_with_itk(path: Path) -> sitk.Image:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if path.suffix.lower() in (".mha", ".mhd") and not path.suffix.islower():
+        # ITK finds the reader of other formats by their content, of this one by small letters.
+        reader.SetImageIO("MetaImageIO")
     try:
         return reader.Execute()
     except RuntimeError as error:

@@ -53,7 +53,7 @@ def plan_jobs(
     if suffix.lower() in (".mhd", ".nhdr"):
         raise UserError(f"{target}: labels are written as .nii.gz, .nii, .mha or .nrrd")
     if suffix and form and not target.name.lower().endswith(ENDINGS[form]):
-        raise UserError(f"{target}: --format {form} writes {ending} files; rename the output")
+        raise UsageError(f"{target}: --format {form} writes {ending} files; rename the output")
     if suffix and not one:
         raise UserError(
             f"{target}: {source} is a folder of {len(inputs)} scan(s), so the output must be a "

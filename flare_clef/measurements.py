@@ -5,23 +5,16 @@ One pass over the slices finds where each organ lies; all else looks at that box
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from flare_clef.errors import UserError
 from flare_clef.images import Image
 from flare_clef.organs import ORGANS, Organ
 from flare_clef.preparation import canonical_axes
-from flare_clef.version import __version__
-from flare_clef.writing import write_bytes
 
 PERCENTILES = (5, 25, 75, 95)
 
@@ -232,69 +225,3 @@ def _case_warnings(
                 "is the scan mirrored or its orientation wrong?"
             )
     return tuple(warnings)
-
-
-_COLUMNS = (
-    "case", "organ", "label", "volume_ml", "hu_mean", "hu_sd", "hu_p05", "hu_p25", "hu_median",
-    "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
-    "largest_part_percent", "touches_edge", "confidence", "warnings",
-)  # fmt: skip
-
-
-def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
-    row = {**organ, "case": case}
-    width, depth, height = row.pop("box_mm") or (None, None, None)
-    row.update(box_width_mm=width, box_depth_mm=depth, box_height_mm=height)
-    row["touches_edge"] = " ".join(row["touches_edge"])
-    row["warnings"] = "; ".join(row["warnings"])
-    return row
-
-
-def _plain(organ: OrganMeasurement) -> dict[str, Any]:
-    """As JSON gives it back: lists, no tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
-
-
-def measured_cases(folder: Path, part: str = "") -> set[str]:
-    """Cases of which ``folder`` has measurements. Raises UserError for a file of other content."""
-    return {case["case"] for case in _earlier(_files(folder, part)[1])}
-
-
-def _files(folder: Path, part: str) -> tuple[Path, Path]:
-    stem = f"measurements{'.' + part.replace('/', '-of-') if part else ''}"
-    return folder / f"{stem}.csv", folder / f"{stem}.json"
-
-
-def _earlier(path: Path) -> list[dict[str, Any]]:
-    try:
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        return [case for case in cases if isinstance(case["case"], str)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not readable as earlier measurements; move it away") from None
-
-
-class MeasurementFiles:
-    """``measurements.csv`` and ``.json`` of a batch, whole after every case.
-
-    ``kept``: cases that are not computed again; what an earlier run wrote of them stays.
-    """
-
-    def __init__(self, folder: Path, *, part: str = "", kept: Iterable[str] = ()) -> None:
-        self.csv, self.json = _files(folder, part)
-        kept = set(kept)
-        self._cases = [c for c in _earlier(self.json) if c["case"] in kept] if kept else []
-
-    def add(self, case: CaseMeasurement, facts: Mapping[str, Any]) -> None:
-        """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files."""
-        self._cases.append({"case": case.case, **facts, "warnings": list(case.warnings),
-                            "organs": [_plain(organ) for organ in case.organs]})  # fmt: skip
-        whole = {"flare_clef": __version__, "cases": self._cases}
-        write_bytes(self.json, json.dumps(whole, indent=1).encode())
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for one in self._cases:
-            writer.writerows(_row(one["case"], organ) for organ in one["organs"])
-        write_bytes(self.csv, text.getvalue().encode())

@@ -18,17 +18,24 @@ def check_name(path: Path) -> None:
         raise UserError(f"{printable(path)}: a name that is not UTF-8; rename it") from None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, *, make: bool = True) -> None:
     """Makes ``folder`` if it is not there. Raises UserError where no file can be put into it.
 
-    For the time before hours of work whose result goes there.
+    For the time before hours of work whose result goes there. Without ``make`` it is only seen
+    whether it could be made.
     """
     check_name(folder)
+    reason = "Permission denied"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"{folder}: a link to nothing; choose another folder")
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            reason = "Not a directory"
+        elif os.access(there, os.W_OK | os.X_OK):
             return
-        reason = "Permission denied"
     except OSError as error:
         reason = error.strerror or str(error)
     raise UserError(f"{folder}: cannot be written ({reason}); choose another folder")
@@ -40,6 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises ``UserError`` where it cannot be written; nothing is left behind then.
     """
+    # What is written to a link goes where it leads.
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

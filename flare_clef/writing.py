@@ -50,6 +50,8 @@ def _written_beside(path: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written; nothing is left behind then.
     """
     check_name(path)
+    # What is written to a link goes where it leads.
+    path = path.resolve() if path.is_symlink() else path
     # ITK knows suffixes in small letters only.
     suffix = strip_suffix(path.name)[1].lower()
     temporary = path.with_name(f".flare-clef.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")

@@ -87,6 +87,11 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
         (("predict", "in", "out", "--device", "gpu"), "expected auto, cpu, cuda or cuda:N", 2),
         (("predict", "in", "out", "--shard", "9/4"), "expected K/N", 2),
         (("predict", "", "out"), "an argument is empty", 2),
+        (("predict", "in", "out", "--organs="), "an argument is empty (--organs=)", 2),
+        (("profile", "printf", ""), "put -- before the command", 2),
+        (("predict", "in/a_0000.nii.gz", "l.nii", "--format", "nrrd"), "rename the output", 2),
+        (("predict", "in", "link"), "link: a link to nothing", 1),
+        (("predict", "in", "out", "--profile", "in"), "--profile takes the name of a file", 1),
         (("predict", "in", "in/b with space.mha/out"), "cannot be written (Not a directory)", 1),
         (("predict", "in", "out", "--weights", "none.safetensors"), "no such weights file", 1),
         (("predict", "in", "in"), "would overwrite this input", 1),
@@ -95,12 +100,14 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
     ],
 )
 def test_mistakes_get_one_line(scans: Path, arguments, words, code):
+    (scans.parent / "link").symlink_to("nowhere")
     done = run(*arguments, cwd=scans.parent)
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     if code == 1:
         assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(p.name for p in scans.parent.iterdir()) == ["in", "link"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,36 @@ def test_what_is_asked_for_later_is_made_with_skip_existing(
     assert statuses == [{"done"}, {"skipped"}, {"done"}, {"done"}, {"skipped"}]
     assert (tmp_path / "out" / "labels.ctbl").exists()
     assert len(list((tmp_path / "out" / "a").iterdir())) == 13
+
+
+def test_a_profile_is_written_only_when_there_is_one(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    target = tmp_path / "new" / "p.json"
+    options = ("--weights", tiny_weights, "--profile", target)
+    assert run("predict", scans, tmp_path / "out", *options).returncode == 0
+    before = target.read_bytes()
+    assert json.loads(before)["wall_s"] > 0
+    failed = run("predict", scans, tmp_path / "out", *options, "--organs", "heart")
+    assert failed.returncode == 2
+    assert [p.name for p in target.parent.iterdir()] == ["p.json"]
+    assert target.read_bytes() == before
+
+
+def test_results_that_cannot_be_written_to_are_skipped(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    out = tmp_path / "out"
+    options = ("--weights", tiny_weights, "--measurements", "--split")
+    assert run("predict", scans, out, *options).returncode == 0
+    times = {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))}
+    for place in times:
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    done = run("predict", scans, out, *options, "--skip-existing")
+    for place in times:
+        place.chmod(0o755)
+    assert done.returncode == 0 and "2 skipped" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))} == times
 
 
 def test_two_processes_on_one_output_folder(scans: Path, tmp_path: Path, tiny_weights: Path):

@@ -13,6 +13,7 @@ from flare_clef.dicom_seg import _CATEGORY, _SIDES, SNOMED_CT, segmentation_file
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.organs import ORGANS
+from flare_clef.scan_files import find_inputs
 
 pytest.importorskip("highdicom", reason="highdicom is not installed (extra: dicom)")
 
@@ -75,6 +76,15 @@ def some_labels() -> np.ndarray:
     for organ in ORGANS:
         labels[organ.index % 5, organ.index, 3 : 4 + organ.index] = organ.index
     return labels
+
+
+def test_a_folder_of_segmentations_is_no_series(series: Path, tmp_path: Path):
+    (tmp_path / "scan").symlink_to(series)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scan.dcm").write_bytes(segmentation_file(some_labels(), series, None))
+    assert find_inputs(tmp_path) == [tmp_path / "scan"]
+    with pytest.raises(UserError, match="no scan among its 1 entries"):
+        find_inputs(tmp_path / "out")
 
 
 def test_voxels_codes_and_source(series: Path):

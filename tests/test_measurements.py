@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from flare_clef.errors import UserError
 from flare_clef.images import image_from_array
-from flare_clef.measurements import MeasurementFiles, measure, part_sizes
+from flare_clef.measurements import measure, part_sizes
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.restoration import mean_confidence
 
@@ -113,29 +109,3 @@ def test_mean_confidence_by_hand():
     logits[4, 1, 0] = torch.log(torch.tensor(3.0))  # two nodes, sigmoid 0.75
     logits[4, 0, 0, 0] = torch.log(torch.tensor(9.0))  # taken from the liver, sigmoid 0.9
     assert mean_confidence(logits) == {1: pytest.approx(0.5), 5: pytest.approx(0.8)}
-
-
-def test_files_keep_what_an_earlier_run_wrote(tmp_path):
-    labels = np.full((3, 3, 3), LIVER, np.uint8)
-    case = measure("a", labels, scan(np.zeros(labels.shape, np.int16)), organs={LIVER, RIGHT})
-    MeasurementFiles(tmp_path).add(case, {"input": "a.nii.gz"})
-    again = MeasurementFiles(tmp_path, kept=["a"])
-    again.add(measure("b", labels, scan(np.zeros(labels.shape, np.int16)), organs={LIVER}), {})
-    written = json.loads((tmp_path / "measurements.json").read_text())
-    assert [c["case"] for c in written["cases"]] == ["a", "b"]
-    assert written["cases"][0]["input"] == "a.nii.gz"
-    with (tmp_path / "measurements.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["case"], r["organ"]) for r in rows] == [
-        ("a", "liver"), ("a", "right_kidney"), ("b", "liver"),
-    ]  # fmt: skip
-    assert rows[0]["volume_ml"] == "0.81" and rows[0]["box_depth_mm"] == "9.0"
-    assert rows[0]["touches_edge"] == "inferior superior anterior posterior right left"
-    assert rows[1]["hu_mean"] == "" and rows[1]["parts"] == "0"
-    (tmp_path / "measurements.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as earlier measurements"):
-        MeasurementFiles(tmp_path, kept=["a"])
-
-
-def test_shards_write_files_of_their_own(tmp_path):
-    assert MeasurementFiles(tmp_path, part="1/4").csv.name == "measurements.1-of-4.csv"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from conftest import body_hu
 
 from flare_clef import writing
 from flare_clef.errors import UserError
-from flare_clef.images import image_from_array
-from flare_clef.writing import write_labels
+from flare_clef.images import image_from_array, read_image
+from flare_clef.writing import write_labels, write_scan
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
@@ -40,3 +41,58 @@ def test_files_under_way_are_removed_on_the_way_out(tmp_path: Path):
         assert list(tmp_path.iterdir()) == []
         temporary.write_bytes(b"whole")
     assert [p.name for p in tmp_path.iterdir()] == ["l.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["L.NII.GZ", "L.Nii", "L.MHA", "L.NRRD"])
+def test_suffixes_in_capitals(tmp_path: Path, name: str):
+    image = image_from_array(body_hu(), (1.0, 2.0, 3.0))
+    labels = np.random.default_rng(0).integers(0, 14, image.array.shape).astype(np.uint8)
+    write_labels(labels, image, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    back = read_image(tmp_path / name)
+    assert np.array_equal(back.array, labels) and back.spacing_mm == image.spacing_mm
+
+
+def test_what_is_written_to_a_link_goes_where_it_leads(tmp_path: Path):
+    image = image_from_array(body_hu(), (1.0, 1.0, 1.0))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "l.nii.gz").symlink_to(tmp_path / "disk" / "kept.nii.gz")
+    for value in (1, 2):
+        labels = np.full(image.array.shape, value, np.uint8)
+        write_labels(labels, image, tmp_path / "out" / "l.nii.gz")
+        assert (tmp_path / "out" / "l.nii.gz").is_symlink()
+        assert read_image(tmp_path / "disk" / "kept.nii.gz").array.max() == value
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["kept.nii.gz", "l.nii.gz"]
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".mha", ".nrrd"])
+def test_a_disk_that_is_really_full(tmp_path: Path, suffix: str):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs an administrator")
+    try:
+        (disk / "other").write_bytes(b"x" * 60 * 1024)
+        image = image_from_array(body_hu((40, 60, 60)), (1.0, 1.0, 1.0))
+        noise = np.random.default_rng(0).integers(0, 14, image.array.shape).astype(np.uint8)
+        with pytest.raises(UserError, match="cannot be written") as caught:
+            write_labels(noise, image, disk / f"l{suffix}")
+        assert len(str(caught.value).splitlines()) == 1
+        assert [p.name for p in disk.iterdir()] == ["other"]
+        with pytest.raises(UserError, match="No space left on device"):
+            write_scan(image, disk / "scan.nii")
+        assert [p.name for p in disk.iterdir()] == ["other"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="an administrator may write anywhere")
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        write_scan(image_from_array(body_hu(), (1.0, 1.0, 1.0)), tmp_path / "scan.nii.gz")
+    tmp_path.chmod(0o700)

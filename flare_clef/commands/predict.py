@@ -175,30 +175,27 @@ def predict(
         results.append(result)
         _report(result, progress, json=json, number=len(results), total=len(jobs))
 
-    part = shard or ""
-    measured = None
-    if measurements and not overwrite:
-        from flare_clef.measurements import measured_cases
+    files = None
+    if measurements:
+        from flare_clef.measurement_files import MeasurementFiles
 
-        measured = measured_cases(folder, part)
+        files = MeasurementFiles(folder, part=shard or "", keep=not overwrite)
     todo = []
     for job in jobs:
-        known = measured is None or job.case in measured
+        known = files is None or job.case in files
         if not overwrite and known and is_there(job, organs=names, **beside):
             on_result(batch.CaseResult(job, status="skipped"))
         else:
             todo.append(job)
     if todo or label_tables:
-        check_writable(folder)
-    if label_tables:
-        from flare_clef.extras import write_label_tables
-
-        write_label_tables(folder)
+        # Made when there is something to write: of a wrong option nothing is left behind.
+        check_writable(folder, make=False)
+    if files is not None:
+        files.gather()
     if todo:
         # The first scan is read while torch is still being imported.
         reader = batch.Reader(todo)
         from flare_clef.extras import Extras
-        from flare_clef.measurements import MeasurementFiles
         from flare_clef.segmenter import Segmenter, organ_indices
 
         wanted = organ_indices(names)
@@ -208,10 +205,8 @@ def predict(
             report=report,
             split=split,
             probabilities=probabilities,
+            measurements=files,
         )
-        if measurements:
-            kept = [result.job.case for result in results]
-            extras.measurements = MeasurementFiles(folder, part=part, kept=kept)
         segmenter = Segmenter(
             weights,
             device=device,
@@ -233,6 +228,10 @@ def predict(
             measure_volumes=json,
             extras=extras,
         )
+    if label_tables:
+        from flare_clef.extras import write_label_tables
+
+        write_label_tables(folder)
     progress.close()
     if stages is not None and profile is not None:
         stages.end()
@@ -243,11 +242,13 @@ def predict(
 
 def _start_profile(path: Path) -> ConsecutiveStages:
     """Starts measuring this process. Raises UserError where ``path`` cannot be written to."""
-    from flare_clef.paths import replacing
+    from flare_clef.errors import UserError
+    from flare_clef.paths import check_writable
     from flare_clef.resources import ConsecutiveStages, ResourceProfiler
 
-    with replacing(path) as temporary:
-        temporary.touch()
+    check_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; --profile takes the name of a file")
     profiler = ResourceProfiler()
     profiler.start()
     return ConsecutiveStages(profiler)

@@ -23,6 +23,7 @@ from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.forward import forward_precision
 from flare_clef.training.loop import Trainer
 from flare_clef.training.losses import sigmoid_dice_loss, softmax_dice_loss
+from flare_clef.training.muon import Muon
 from flare_clef.training.processes import from_first
 from flare_clef.training.validation import DiceTable, means
 
@@ -105,10 +106,16 @@ class Finetuning(Trainer):
             self.network.backbone.load_state_dict(start.state_dict())
         elif start is not None:
             self.network.load_state_dict(start.state_dict(), strict=False)
+        objective = FinetuningObjective(plan, self.network, precision)
+        muon = None
+        if plan.optimizer == "muon":
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            muon = Muon(objective.parameters(), dtype=dtype)
         super().__init__(
             plan,
-            FinetuningObjective(plan, self.network, precision),
+            objective,
             folder,
+            optimizer=muon,
             device=device,
             on_step=on_step,
             checkpoint_seconds=checkpoint_seconds,

@@ -41,6 +41,8 @@ class FinetuningPlan:
     start_share: float = 0.0
     """Share of ``start``'s weights in the exported ones, see :func:`mix`."""
     warmup_steps: int = 50
+    optimizer: str = "adam"
+    """``adam``, the paper's, or ``muon``, see :mod:`flare_clef.training.muon`."""
     loss: str = "softmax"
     """``softmax``: organs compete, see :func:`softmax_dice_loss`; ``sigmoid``: the paper's."""
     ce_share: float = 1.0

@@ -62,7 +62,8 @@ class Batch(Protocol):
 class Trainer:
     """A run in ``folder``. Subclasses say what a step sees and what its loss is.
 
-    ``objective`` maps a batch to (loss, terms for the log) and holds the networks.
+    ``objective`` maps a batch to (loss, terms for the log) and holds the networks; ``optimizer`` is
+    Adam unless another one of its parameters is given.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         objective: nn.Module,
         folder: Path,
         *,
+        optimizer: torch.optim.Optimizer | None = None,
         device: torch.device | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda record: None,
         checkpoint_seconds: float = 120,
@@ -93,7 +95,7 @@ class Trainer:
         if plan.activation_checkpointing:
             checkpoint_activations(objective)
         self.statistics = RunningStatistics(objective)
-        self.optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3, fused=True)
+        self.optimizer = optimizer or torch.optim.Adam(objective.parameters(), fused=True)
         self.average = WeightAverage(objective, plan.weight_average)
         self.model: nn.Module = objective
         if world_size() > 1:

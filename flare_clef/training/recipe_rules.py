@@ -40,6 +40,8 @@ def problem_of(recipe: Recipe) -> str | None:
         return "export.offsets: with operating_points = true offsets are found; leave one out"
     if plan.loss not in ("softmax", "sigmoid"):
         return f"finetune.loss = {plan.loss!r}: must be 'softmax' or 'sigmoid'"
+    if plan.optimizer not in ("adam", "muon"):
+        return f"finetune.optimizer = {plan.optimizer!r}: must be 'adam' or 'muon'"
     if not (plan.ce_share or plan.dice_share):
         return "finetune: ce_share = 0.0 and dice_share = 0.0: one must be above 0"
     if data.folds and data.validation:

@@ -1,0 +1,90 @@
+"""``measurements.csv`` and ``measurements.json``: what was measured of each case of a batch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flare_clef.errors import UserError
+from flare_clef.measurements import CaseMeasurement, OrganMeasurement
+from flare_clef.version import __version__
+from flare_clef.writing import write_bytes
+
+_COLUMNS = (
+    "case", "organ", "label", "volume_ml", "hu_mean", "hu_sd", "hu_p05", "hu_p25", "hu_median",
+    "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
+    "largest_part_percent", "touches_edge", "confidence", "warnings",
+)  # fmt: skip
+
+
+def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
+    row = {**organ, "case": case}
+    width, depth, height = row.pop("box_mm") or (None, None, None)
+    row.update(box_width_mm=width, box_depth_mm=depth, box_height_mm=height)
+    row["touches_edge"] = " ".join(row["touches_edge"])
+    row["warnings"] = "; ".join(row["warnings"])
+    return row
+
+
+def _plain(organ: OrganMeasurement) -> dict[str, Any]:
+    """As JSON gives it back: lists, no tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    try:
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        return [case for case in cases if isinstance(case["case"], str)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable as earlier measurements; move it away") from None
+
+
+class MeasurementFiles:
+    """The two files of a batch, whole after every case.
+
+    ``part`` is a shard, ``K/N``, with files of its own. With ``keep``, what earlier runs measured
+    stays, and what shards measured is known. Raises UserError for a file of other content.
+    """
+
+    def __init__(self, folder: Path, *, part: str = "", keep: bool = False) -> None:
+        stem = f"measurements{'.' + part.replace('/', '-of-') if part else ''}"
+        self.csv, self.json = folder / f"{stem}.csv", folder / f"{stem}.json"
+        self._part = part
+        self._cases: dict[str, dict[str, Any]] = {}
+        self._others: dict[str, dict[str, Any]] = {}
+        if keep:
+            self._cases = {case["case"]: case for case in _earlier(self.json)}
+            others = sorted(set(folder.glob("measurements*.json")) - {self.json})
+            self._others = {c["case"]: c for path in others for c in _earlier(path)}
+
+    def __contains__(self, case: str) -> bool:
+        return case in self._cases or case in self._others
+
+    def gather(self) -> None:
+        """Takes over what shards measured, unless this is one."""
+        if not self._part and not self._others.keys() <= self._cases.keys():
+            self._cases = {**self._others, **self._cases}
+            self._write()
+
+    def add(self, case: CaseMeasurement, facts: Mapping[str, Any]) -> None:
+        """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files."""
+        self._cases[case.case] = {"case": case.case, **facts, "warnings": list(case.warnings),
+                                  "organs": [_plain(organ) for organ in case.organs]}  # fmt: skip
+        self._write()
+
+    def _write(self) -> None:
+        whole = {"flare_clef": __version__, "cases": list(self._cases.values())}
+        write_bytes(self.json, json.dumps(whole, indent=1).encode())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for one in self._cases.values():
+            writer.writerows(_row(one["case"], organ) for organ in one["organs"])
+        write_bytes(self.csv, text.getvalue().encode())

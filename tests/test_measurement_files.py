@@ -1,0 +1,71 @@
+"""What the files of a batch hold after one run, several, and several at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from flare_clef.errors import UserError
+from flare_clef.images import image_from_array
+from flare_clef.measurement_files import MeasurementFiles
+from flare_clef.measurements import measure
+from flare_clef.organs import ORGAN_BY_NAME
+
+LIVER, RIGHT = (ORGAN_BY_NAME[n].index for n in ("liver", "right_kidney"))
+
+
+def case(name: str, organs: set[int]):
+    labels = np.full((3, 3, 3), LIVER, np.uint8)
+    scan = image_from_array(np.zeros(labels.shape, np.int16), (2.0, 3.0, 5.0))
+    return measure(name, labels, scan, organs=organs)
+
+
+def written(folder, name="measurements.json"):
+    return [c["case"] for c in json.loads((folder / name).read_text())["cases"]]
+
+
+def test_files_keep_what_an_earlier_run_wrote(tmp_path):
+    MeasurementFiles(tmp_path).add(case("a", {LIVER, RIGHT}), {"input": "a.nii.gz"})
+    again = MeasurementFiles(tmp_path, keep=True)
+    assert "a" in again and "b" not in again
+    again.gather()
+    again.add(case("b", {LIVER}), {})
+    assert written(tmp_path) == ["a", "b"]
+    first = json.loads((tmp_path / "measurements.json").read_text())["cases"][0]
+    assert first["input"] == "a.nii.gz"
+    with (tmp_path / "measurements.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["organ"]) for r in rows] == [
+        ("a", "liver"), ("a", "right_kidney"), ("b", "liver"),
+    ]  # fmt: skip
+    assert rows[0]["volume_ml"] == "0.81" and rows[0]["box_depth_mm"] == "9.0"
+    assert rows[0]["touches_edge"] == "inferior superior anterior posterior right left"
+    assert rows[1]["hu_mean"] == "" and rows[1]["parts"] == "0"
+    # A case that is computed again has one row an organ, not two.
+    MeasurementFiles(tmp_path, keep=True).add(case("a", {LIVER}), {})
+    assert written(tmp_path) == ["a", "b"]
+    MeasurementFiles(tmp_path).add(case("c", {LIVER}), {})
+    assert written(tmp_path) == ["c"]
+    (tmp_path / "measurements.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as earlier measurements"):
+        MeasurementFiles(tmp_path, keep=True)
+
+
+def test_shards_write_files_of_their_own_and_a_later_run_gathers_them(tmp_path):
+    for number, name in enumerate("ab"):
+        part = MeasurementFiles(tmp_path, part=f"{number}/2", keep=True)
+        part.gather()
+        part.add(case(name, {LIVER}), {})
+    assert written(tmp_path, "measurements.1-of-2.json") == ["b"]
+    assert (tmp_path / "measurements.0-of-2.csv").exists()
+    assert not (tmp_path / "measurements.json").exists()
+    whole = MeasurementFiles(tmp_path, keep=True)
+    assert "a" in whole and "b" in whole
+    whole.gather()
+    assert written(tmp_path) == ["a", "b"]
+    before = (tmp_path / "measurements.json").stat().st_mtime_ns
+    MeasurementFiles(tmp_path, keep=True).gather()
+    assert (tmp_path / "measurements.json").stat().st_mtime_ns == before
