@@ -153,6 +153,12 @@ class Trainer:
                     f"{self.folder}: its checkpoint is of another network or stage; "
                     "name another folder with --output"
                 ) from None
+        kind = saved.get("optimizer_kind", "Adam")
+        if kind != type(self.optimizer).__name__:
+            raise UserError(
+                f"{self.folder}: its checkpoint is of a run with {kind.lower()} as its optimizer; "
+                "name another folder with --output"
+            )
         self.optimizer.load_state_dict(saved["optimizer"])
         self.average.restore(saved.get("average"))
         self.step = saved["step"]
@@ -176,6 +182,7 @@ class Trainer:
             {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
+                "optimizer_kind": type(self.optimizer).__name__,
                 "average": self.average.state(),
                 "skipped": self.skipped,
                 "skipped_in_row": self.skipped_in_row,

@@ -55,17 +55,25 @@ def _assert_same(left, right, where):
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "step"),
-    [("finetune", "fp32", "4"), ("finetune", "bf16", "7"), ("pretrain", "fp32", "3")],
+    ("kind", "precision", "step", "changes"),
+    [
+        ("finetune", "fp32", "4", {}),
+        ("finetune", "bf16", "7", {}),
+        ("finetune", "bf16", "5", {"optimizer": "muon"}),
+        ("pretrain", "fp32", "3", {}),
+    ],
 )
-def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, kind, precision, step):
+def test_killed_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch, kind, precision, step, changes
+):
     """SIGKILL in the midst of a run: optimizer, moving average, early stopping, all agree."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    small_trainer(kind, whole, precision).train()
+    small_trainer(kind, whole, precision, **changes).train()
+    monkeypatch.setenv("CHANGES", json.dumps(changes))
     assert start(broken, kind, precision, "kill", step) == -signal.SIGKILL
     saved = load_checkpoint(broken)
     assert saved is not None and 0 < saved["step"] <= int(step)
-    resumed = small_trainer(kind, broken, precision)
+    resumed = small_trainer(kind, broken, precision, **changes)
     assert resumed.step == saved["step"]
     resumed.train()
     assert_equal_ends(whole, broken)
@@ -127,6 +135,12 @@ def test_a_finished_run_goes_on_with_a_longer_plan(tmp_path: Path):
     longer.run()
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, longer.network.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path):
+    small_trainer("finetune", tmp_path / "run").train()
+    with pytest.raises(UserError, match="a run with adam as its optimizer"):
+        small_trainer("finetune", tmp_path / "run", optimizer="muon")
 
 
 def test_spoilt_case_is_skipped_and_ten_in_a_row_end_the_run(tmp_path: Path):

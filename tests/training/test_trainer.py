@@ -80,6 +80,8 @@ def test_bad_pairs_are_named(tmp_path: Path):
          "data.fold = 5: must be below data.folds"),
         ("[finetune]\nloss = 'l2'\nstages = [{grid = 64, steps = 1, learning_rate = [1, 1]}]",
          "must be 'softmax' or 'sigmoid'"),
+        ("[finetune]\noptimizer = 'sgd'\nstages = [{grid = 64, steps = 1}]",
+         "finetune.optimizer = 'sgd': must be 'adam' or 'muon'"),
         ("[finetune]\nstages = [{grid = 128, block = 80, steps = 1}]",
          "stages[0].block = 80: must be 0, or a multiple of 32 from 64 to its grid"),
         ("[finetune]\nstages = [{grid = 96, block = 128, steps = 1}]", "block = 128: must be 0"),
