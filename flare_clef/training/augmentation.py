@@ -14,14 +14,18 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
-from flare_clef.training.doubt import CLASSES
+from flare_clef.training.doubt import CLASSES, UNDECIDED
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
 _WHOLE = (slice(None), slice(None), slice(None))
 _AIR = -0.999
 """Below this a prepared voxel is air or lung, clipped: no intensity change reaches it."""
+_TISSUE_HU = -50
+"""Above it there is tissue or fluid, below it fat or gas."""
+_HOLLOW = {ORGAN_BY_NAME[n].index for n in ("gallbladder", "esophagus", "stomach", "duodenum")}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class AugmentationSettings:
     """How often slices are blurred or, as often, made thick."""
     clip_probability: float = 0.35
     """How often values are clipped as some archives do, or such a clip is undone."""
+    organ_probability: float = 0.0
+    """How often each organ gets an enhancement or a filling of its own."""
+    enhancement_hu: float = 40.0
+    """Standard deviation of that change, as between phases of contrast."""
+    filling_hu: float = 80.0
+    """The same for organs with contents: gallbladder, esophagus, stomach, duodenum."""
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -223,6 +233,37 @@ def change_intensities(
     return image.masked_fill_(air, -1)
 
 
+def change_organs(
+    image: Tensor, labels: Tensor, settings: AugmentationSettings, generator: Generator
+) -> Tensor:
+    """Each organ, now and then, brighter or darker by itself; in place.
+
+    A scan shows one phase of contrast and one filling; in others bile is dense, kidneys are grey
+    or veins dark. Fat and gas stay what they are, and a change fades over a voxel at the edge.
+    """
+    changes = torch.zeros(256)
+    organs = labels & 15
+    for organ in range(1, len(ORGANS) + 1):
+        if not _chance(generator, settings.organ_probability):
+            continue
+        change_hu = float(torch.randn((), generator=generator))
+        if organ in _HOLLOW:
+            # Contents that are darker than fluid are gas, which has no voxels here.
+            change_hu = abs(change_hu) * settings.filling_hu
+        else:
+            change_hu *= settings.enhancement_hu
+        changes[organ] = change_hu * _HU
+    if not changes.any():
+        return image
+    change = changes[organs.masked_fill_(labels == UNDECIDED, 0).int()]
+    for axis in range(3):
+        inner = change.narrow(axis, 1, change.shape[axis] - 2)
+        before, after = (change.narrow(axis, i, change.shape[axis] - 2) for i in (0, 2))
+        inner.copy_((inner * 2 + before + after) / 4)
+    tissue = image > (_TISSUE_HU - WINDOW_HU[0]) * _HU - 1
+    return image.add_(change.mul_(tissue)).clamp_(-1, 1)
+
+
 def clip(image: Tensor, generator: Generator) -> Tensor:
     """Clips to a range such as archives do, from (-200, -90) to (220, 300) HU; in place."""
     low = _uniform(generator, -200, -90)
@@ -303,5 +344,7 @@ def augment(
         return image.float(), labels
     image, labels = deform(image, labels, size, settings, generator, block)
     if settings is not None:
+        if settings.organ_probability:
+            image = change_organs(image, labels, settings, generator)
         image = change_intensities(image, settings, generator)
     return image, labels

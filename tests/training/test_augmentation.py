@@ -18,6 +18,7 @@ from flare_clef.training.augmentation import (
     bend_values,
     blur,
     change_intensities,
+    change_organs,
     clip,
     deform,
     draw_affine,
@@ -26,6 +27,7 @@ from flare_clef.training.augmentation import (
     thick_slices,
     unclip,
 )
+from flare_clef.training.doubt import UNDECIDED
 
 STILL = AugmentationSettings(
     scale=0, axis_scale=0, rotation_degrees=0, shift=0, view_probability=0, elastic=0, gain=0,
@@ -292,3 +294,49 @@ def test_the_grid_of_an_affine_map_is_torchs():
     affine = draw_affine(AugmentationSettings(), seeded(4))
     theirs = functional.affine_grid(affine[None], [1, 1, 5, 6, 7], align_corners=False)
     assert torch.allclose(augmentation._affine_grid(affine, (5, 6, 7)), theirs, atol=1e-6)
+
+
+def _with_organs(seed: int, **ranges: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, image at 50 HU (0) and the image after :func:`change_organs`."""
+    labels = torch.zeros(20, 24, 28, dtype=torch.uint8)
+    labels[3:9, 3:9, 3:9] = 1  # liver
+    labels[3:9, 3:9, 14:20] = 9 + 16 * 5  # gallbladder, in doubt
+    labels[12:18, 3:9, 3:9] = UNDECIDED
+    image = torch.zeros(labels.shape)
+    image[5, 5, 5] = image[5, 5, 16] = -0.8  # -150 HU
+    settings = AugmentationSettings(organ_probability=1.0, **ranges)
+    generator = Generator().manual_seed(seed)
+    return labels, image, change_organs(image.clone(), labels, settings, generator)
+
+
+def test_organs_change_each_by_itself_and_nothing_else():
+    found: list[tuple[float, float]] = []
+    for seed in range(200):
+        labels, image, changed = _with_organs(seed)
+        assert torch.equal(changed[labels == UNDECIDED], image[labels == UNDECIDED])
+        assert changed[5, 5, 5] == changed[5, 5, 16] == image[5, 5, 5]
+        # One voxel around an organ is its edge, beyond it nothing moves.
+        near = functional.max_pool3d(((labels & 15) > 0).float()[None], 3, 1, 1)[0] > 0
+        assert torch.equal(changed[~near], image[~near])
+        liver, gallbladder = changed[6, 6, 6], changed[6, 6, 17]
+        # At a face the organ's share is 3/4 inside and 1/4 outside: (1 + 2 + 1) / 4 by hand.
+        torch.testing.assert_close(changed[3, 6, 6], 0.75 * liver)
+        torch.testing.assert_close(changed[2, 6, 6], 0.25 * liver)
+        found.append((float(liver) * 250, float(gallbladder) * 250))
+    liver_hu, gallbladder_hu = torch.tensor(found).unbind(1)
+    assert liver_hu.mean().abs() < 10 and 33 < liver_hu.std() < 47
+    # Half a normal distribution: its mean is sigma times the root of 2 / pi.
+    assert gallbladder_hu.min() >= 0 and 54 < gallbladder_hu.mean() < 74
+    assert abs(torch.corrcoef(torch.stack([liver_hu, gallbladder_hu]))[0, 1]) < 0.2
+
+
+def test_organs_stay_without_a_change():
+    labels, image, changed = _with_organs(0, enhancement_hu=0.0, filling_hu=0.0)
+    assert torch.equal(changed, image)
+    settings = AugmentationSettings(organ_probability=0.3)
+    kept = [
+        float(change_organs(image.clone(), labels, settings, Generator().manual_seed(s))[6, 6, 6])
+        == 0
+        for s in range(200)
+    ]
+    assert 0.6 < sum(kept) / 200 < 0.8
