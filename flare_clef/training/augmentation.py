@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
-from flare_clef.training.doubt import CLASSES, UNDECIDED
+from flare_clef.training.doubt import CLASSES
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
@@ -241,8 +241,7 @@ def change_organs(
     A scan shows one phase of contrast and one filling; in others bile is dense, kidneys are grey
     or veins dark. Fat and gas stay what they are, and a change fades over a voxel at the edge.
     """
-    changes = torch.zeros(256)
-    organs = labels & 15
+    changes = torch.zeros(len(ORGANS) + 1)
     for organ in range(1, len(ORGANS) + 1):
         if not _chance(generator, settings.organ_probability):
             continue
@@ -255,7 +254,7 @@ def change_organs(
         changes[organ] = change_hu * _HU
     if not changes.any():
         return image
-    change = changes[organs.masked_fill_(labels == UNDECIDED, 0).int()]
+    change = changes[torch.from_numpy(CLASSES).long()][labels.int()]
     for axis in range(3):
         inner = change.narrow(axis, 1, change.shape[axis] - 2)
         before, after = (change.narrow(axis, i, change.shape[axis] - 2) for i in (0, 2))

@@ -97,9 +97,9 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     gram = scaled @ scaled.T
     turn = torch.eye(len(gram), device=gram.device)
     for _ in range(_ROUNDS):
-        round_ = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        round_.diagonal().add_(a)
-        turn = round_ @ turn
-        gram = round_ @ gram @ round_
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        turn = factor @ turn
+        gram = factor @ gram @ factor
         gram = (gram + gram.T) / 2
     return (turn.to(dtype) @ scaled.to(dtype)).to(matrix.dtype)
