@@ -241,7 +241,7 @@ def change_organs(
     A scan shows one phase of contrast and one filling; in others bile is dense, kidneys are grey
     or veins dark. Fat and gas stay what they are, and a change fades over a voxel at the edge.
     """
-    changes = torch.zeros(len(ORGANS) + 1)
+    changes = torch.zeros(16)  # a class has four bits
     for organ in range(1, len(ORGANS) + 1):
         if not _chance(generator, settings.organ_probability):
             continue
