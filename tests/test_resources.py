@@ -580,7 +580,7 @@ def test_predict_writes_a_profile_by_case_and_stage(tmp_path: Path, tiny_weights
     assert ends[0] == pytest.approx(result["stages"][1]["start_s"], abs=0.01)
     assert ends == sorted(ends)
     assert result["maxima"]["ram_mb"] > 50
-    arguments[-1] = str(tmp_path / "nowhere" / "profile.json")
+    arguments[-1] = str(tmp_path / "scan_0000.nii.gz" / "profile.json")
     ran = subprocess.run(
         [sys.executable, "-m", "flare_clef", *arguments], capture_output=True, text=True
     )
