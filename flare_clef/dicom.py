@@ -14,6 +14,8 @@ from flare_clef.paths import check_name
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 _DESCRIPTION = "0008|103e"
 _UNEVEN_SHARE = 0.02
+_META_BYTES = 4096
+"""So much of a file holds what it says of its class."""
 _CLASS = b"\2\0\2\0UI"
 _CT_IMAGE = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL)
 """Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
@@ -26,19 +28,18 @@ def is_dicom_folder(path: Path) -> bool:
     Segmentations do not count: a folder of them holds results.
     """
     entries = sorted(e for e in path.iterdir() if not e.name.startswith(".") and e.is_file())
-    return any(_has_magic(e) and not _SEGMENTATION.search(_start(e)) for e in entries)
+    starts = (_dicom_start(entry) for entry in entries)
+    return any(start and not _SEGMENTATION.search(start) for start in starts)
 
 
-def _start(path: Path, size: int = 4096) -> bytes:
+def _dicom_start(path: Path) -> bytes:
+    """The first bytes of a DICOM file; none of another file, or of one that cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(size)
+            start = file.read(_META_BYTES)
     except OSError:
         return b""
-
-
-def _has_magic(path: Path) -> bool:
-    return _start(path, 132)[128:] == b"DICM"
+    return start if start[128:132] == b"DICM" else b""
 
 
 def series_files(folder: Path) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ def series_files(folder: Path) -> tuple[str, ...]:
             check_name(entry)
         except UserError:
             # Of what is no slice GDCM takes no notice.
-            if _has_magic(entry):
+            if _dicom_start(entry):
                 raise
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
@@ -79,7 +80,7 @@ def _check_left_out(entries: list[Path], files: tuple[str, ...]) -> None:
             continue
         try:
             with entry.open("rb") as opened:
-                start = opened.read(4096)
+                start = opened.read(_META_BYTES)
         except OSError as error:
             if _pattern(entry.name) not in patterns:
                 continue

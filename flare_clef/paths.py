@@ -41,14 +41,18 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
     raise UserError(f"{folder}: cannot be written ({reason}); choose another folder")
 
 
+def behind_link(path: Path) -> Path:
+    """Where a link leads, else ``path``: renaming a new file to it would replace the link."""
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes ``path`` once all is written.
 
     Raises ``UserError`` where it cannot be written; nothing is left behind then.
     """
-    # What is written to a link goes where it leads.
-    path = path.resolve() if path.is_symlink() else path
+    path = behind_link(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

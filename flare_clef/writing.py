@@ -20,7 +20,7 @@ from flare_clef import nifti, nrrd
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
 from flare_clef.images import ITK_NIFTI, Image, itk_reason
-from flare_clef.paths import check_name
+from flare_clef.paths import behind_link, check_name
 from flare_clef.scan_files import strip_suffix
 
 
@@ -50,8 +50,7 @@ def _written_beside(path: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written; nothing is left behind then.
     """
     check_name(path)
-    # What is written to a link goes where it leads.
-    path = path.resolve() if path.is_symlink() else path
+    path = behind_link(path)
     # ITK knows suffixes in small letters only.
     suffix = strip_suffix(path.name)[1].lower()
     temporary = path.with_name(f".flare-clef.{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}")
