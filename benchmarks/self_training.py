@@ -31,10 +31,10 @@ from flare_clef.organs import ORGANS
 from flare_clef.postprocess import keep_largest
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
-from flare_clef.training.augmentation import resample
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
+from flare_clef.training.resampling import resample
 from flare_clef.weights import load_weights
 from flare_clef.writing import labels_to_sitk
 
@@ -51,9 +51,9 @@ def look_twice(network: FoldedNetwork, volume: torch.Tensor) -> torch.Tensor:
     smaller[:, :3] *= SMALLER
     back = torch.eye(3, 4)
     back[:, :3] /= SMALLER
-    second = network(resample(volume, smaller))
+    second = network(resample(volume, smaller)[0])
     for own, other in zip(logits, second, strict=True):
-        own.add_(resample(other.float(), back)).div_(2)
+        own.add_(resample(other.float(), back)[0]).div_(2)
     return logits
 
 

@@ -17,10 +17,10 @@ from torch.nn import functional
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
 from flare_clef.training.doubt import CLASSES
+from flare_clef.training.resampling import WHOLE, resample
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
-_WHOLE = (slice(None), slice(None), slice(None))
 _AIR = -0.999
 """Below this a prepared voxel is air or lung, clipped: no intensity change reaches it."""
 _TISSUE_HU = -50
@@ -100,35 +100,6 @@ def draw_affine(settings: AugmentationSettings, generator: Generator) -> Tensor:
     return rows
 
 
-def _affine_grid(
-    affine: Tensor, size: tuple[int, int, int], window: tuple[slice, ...] = _WHOLE
-) -> Tensor:
-    """(1, z, y, x, 3) input coordinates of the voxel centres in ``window`` of a grid of ``size``.
-
-    torch's own multiplies matrices.
-    """
-    z, y, x = (
-        ((torch.arange(n) + 0.5) * (2 / n) - 1)[span] for n, span in zip(size, window, strict=True)
-    )
-    columns, shift = affine[:, :3].unbind(1), affine[:, 3]
-    grid = x[None, None, :, None] * columns[0] + (
-        y[None, :, None, None] * columns[1] + (z[:, None, None, None] * columns[2] + shift)
-    )
-    return grid[None]
-
-
-def _elastic_field(coarse: Tensor, size: tuple[int, int, int], window: tuple[slice, ...]) -> Tensor:
-    """(1, z, y, x, 3) displacement in ``window`` of a grid of ``size``: ``coarse`` interpolated."""
-    if window == _WHOLE:
-        field = functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
-    else:
-        axes = [torch.linspace(-1, 1, n)[span] for n, span in zip(size, window, strict=True)]
-        z, y, x = torch.meshgrid(*axes, indexing="ij")
-        places = torch.stack([x, y, z], dim=-1)[None]
-        field = functional.grid_sample(coarse, places, mode="bilinear", align_corners=True)
-    return field.permute(0, 2, 3, 4, 1)
-
-
 def draw_block(
     labels: Tensor,
     affine: Tensor,
@@ -160,30 +131,6 @@ def draw_block(
     return tuple(slice(start, start + block) for start in starts)
 
 
-def _in_slabs(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
-    # grid_sample works on one thread per batch element; slabs of z serve as a batch.
-    slabs = next(n for n in (8, 4, 2, 1) if grid.shape[1] % n == 0)
-    _, depth, height, width, _ = grid.shape
-    parts = grid.view(slabs, depth // slabs, height, width, 3)
-    out = functional.grid_sample(
-        volume[None, None].expand(slabs, -1, -1, -1, -1),
-        parts,
-        mode=mode,
-        padding_mode="zeros",
-        align_corners=False,
-    )
-    return out.view(depth, height, width)
-
-
-def resample(image: Tensor, affine: Tensor) -> Tensor:
-    """``image`` (z, y, x) at the places that ``affine`` (see :func:`draw_affine`) says.
-
-    Beyond the volume there is air (-1).
-    """
-    grid = _affine_grid(affine, tuple(image.shape))  # type: ignore[arg-type]
-    return _in_slabs(image + 1, grid, "bilinear").sub_(1)
-
-
 def deform(
     image: Tensor,
     labels: Tensor,
@@ -201,14 +148,11 @@ def deform(
     if settings is not None:
         affine = draw_affine(settings, generator)
         if settings.elastic > 0:
-            coarse = torch.randn(1, 3, 5, 5, 5, generator=generator) * (2 * settings.elastic)
-    window = draw_block(labels, affine, size, block, generator) if block else _WHOLE
-    grid = _affine_grid(affine, size, window)
-    if coarse is not None:
-        grid += _elastic_field(coarse, size, window)
-    image = _in_slabs(image.to(torch.float32, copy=True).add_(1), grid, "bilinear").sub_(1)
-    labels = _in_slabs(labels.float(), grid, "nearest").to(torch.uint8)
-    return image, labels
+            coarse = torch.randn(3, 5, 5, 5, generator=generator) * (2 * settings.elastic)
+    window = draw_block(labels, affine, size, block, generator) if block else WHOLE
+    image, moved = resample(image, affine, size, window, coarse, labels)
+    assert moved is not None
+    return image, moved
 
 
 def change_intensities(
@@ -274,20 +218,29 @@ def unclip(image: Tensor, generator: Generator) -> Tensor:
     """Gives values that only an archive's clipping to [-125, 275] HU made a natural spread.
 
     Those at the floor go down by an exponential of mean 15 HU, as fat does; those at the
-    ceiling, bone and contrast, go to the window's end.
+    ceiling, bone and contrast, go to the window's end. In place.
     """
     floor = (image > (-135 - WINDOW_HU[0]) * _HU - 1) & (image < (-119 - WINDOW_HU[0]) * _HU - 1)
-    spread = torch.empty(int(floor.sum())).exponential_(1 / (15 * _HU), generator=generator)
-    image = image.masked_scatter(floor, image[floor] - spread)
-    ceiling = image > (270 - WINDOW_HU[0]) * _HU - 1
-    return image.masked_fill_(ceiling, 1)
+    places = floor.view(-1).nonzero()[:, 0]
+    spread = torch.empty(len(places)).exponential_(1 / (15 * _HU), generator=generator)
+    image.view(-1).index_add_(0, places, spread, alpha=-1)
+    return image.masked_fill_(image > (270 - WINDOW_HU[0]) * _HU - 1, 1)
 
 
 def blur(image: Tensor, generator: Generator) -> Tensor:
     """A softer kernel of the scanner: each slice mixed with its mean over 3 x 3 voxels."""
-    blurred = functional.avg_pool3d(
-        image[None, None], (1, 3, 3), 1, (0, 1, 1), count_include_pad=False
-    )[0, 0]
+    blurred = image
+    for axis in (1, 2):  # sums of three; torch's pooling takes five times as long
+        count = image.shape[axis]
+        own, blurred = blurred, blurred.clone()
+        blurred.narrow(axis, 1, count - 1).add_(own.narrow(axis, 0, count - 1))
+        blurred.narrow(axis, 0, count - 1).add_(own.narrow(axis, 1, count - 1))
+    # At the border a sum is of two.
+    seen_y, seen_x = (torch.full((n,), 3.0) for n in image.shape[1:])
+    for seen in (seen_y, seen_x):
+        seen[0] -= 1
+        seen[-1] -= 1
+    blurred.div_(seen_y[:, None] * seen_x)
     return torch.lerp(image, blurred, _uniform(generator, 0.3, 1))
 
 
@@ -296,10 +249,12 @@ def thick_slices(image: Tensor, generator: Generator) -> Tensor:
 
     Labels stay: what is where does not change, only how sharply it is seen.
     """
-    slices = max(1, round(image.shape[0] / _uniform(generator, 2, 4)))
-    thick = functional.adaptive_avg_pool3d(image[None, None], (slices, *image.shape[1:]))
-    size = list(image.shape)
-    return functional.interpolate(thick, size=size, mode="trilinear", align_corners=False)[0, 0]
+    count = image.shape[0]
+    slices = max(1, round(count / _uniform(generator, 2, 4)))
+    # Both are linear along z: what they make of single slices is all there is to know.
+    means = functional.adaptive_avg_pool1d(torch.eye(count)[None], slices)[0].t()
+    back = functional.interpolate(torch.eye(slices)[None], size=count, mode="linear")[0].t()
+    return (back @ (means @ image.reshape(count, -1))).view(image.shape)
 
 
 def add_noise(image: Tensor, sigma_hu: float, generator: Generator) -> Tensor:

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from flare_clef.network import Architecture, Head, UNet
 from flare_clef.training import pretraining_losses as losses
-from flare_clef.training.augmentation import augment, resample
+from flare_clef.training.augmentation import augment
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.forward import forward_precision
 from flare_clef.training.loop import Trainer
+from flare_clef.training.resampling import resample
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def make_pair(
     image, _ = augment(stored, torch.zeros(stored.shape, dtype=torch.uint8), size, None, generator)
     spacing = tuple(mm * n / plan.grid for mm, n in zip(case.spacing_mm, stored.shape, strict=True))
     affine = losses.draw_transform(generator)
-    transformed = resample(image, affine)
+    transformed, _ = resample(image, affine)
     voxels = torch.randint(plan.grid, (plan.points, 3), generator=generator)
     sources = losses.source_positions(voxels, affine, size)
     inside = losses.defined(sources, size)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from flare_clef.training.augmentation import _in_slabs
 from flare_clef.training.pretraining_losses import (
     decoding_loss,
     defined,
@@ -22,6 +21,7 @@ from flare_clef.training.pretraining_losses import (
     source_positions,
     unit_rows,
 )
+from flare_clef.training.resampling import resample
 
 
 def test_decoding_is_the_mean_square():
@@ -137,8 +137,7 @@ def test_equivariance_where_the_answer_is_known():
         return torch.stack([volume.flatten().cos(), volume.flatten().sin()], dim=1)
 
     affine = draw_transform(torch.Generator().manual_seed(3))
-    grid = functional.affine_grid(affine[None], [1, 1, *shape], align_corners=False)
-    transformed = _in_slabs(ramp.contiguous(), grid, "bilinear")
+    transformed, _ = resample(ramp, affine)
     voxels = torch.cartesian_prod(*[torch.arange(16)] * 3)
     positions = source_positions(voxels, affine, shape)
     inside = defined(positions, shape)
