@@ -1,4 +1,6 @@
-"""Leave-one-out: each label map in turn lacks the organ, and the others vote for it.
+"""Each label map in turn lacks the organ, and the others tell where it lies.
+
+A network's answer counts where it has not learnt from that map or the others of its part.
 
     python benchmarks/propagation.py ATLASES STORE --organ duodenum --results results.jsonl
     python benchmarks/propagation.py --table results.jsonl
@@ -30,8 +32,10 @@ THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
 STEPS = {
     "affine": "affine vote of all atlases",
     "affine_free": "the same, other organs' voxels excluded",
-    "deformed": "all atlases deformed, mean of the 12 that fit best then",
+    "deformed": "the 12 that fit best deformed, their mean",
     "local": "the same, weighted where they fit",
+    "learnt": "learnt from the neighbours, no deformed atlas",
+    "both": "mean of the last two",
 }
 PARAMETERS_EVERY = 5
 
@@ -53,6 +57,9 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
         maps, failed = shop.maps(files)
         print(*failed.values(), sep="\n")
         weights = organ_weights(maps, organ)
+        learnt = shop.learnt(maps, maps, organ, weights)
+        if learnt is None:
+            raise UserError(f"{folder}: too few label maps to learn from")
         names = sorted(maps)
         # Those that chose the parameters first, then the others.
         chose = names[::PARAMETERS_EVERY]
@@ -65,13 +72,15 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
             if polled.failed:
                 raise UserError(polled.failed[name])
             around, collected = polled.votes[name]
-            mean = collected.organ.mean(0)
+            vote, chance = collected.fused(around.taken), learnt.chance(name, around)
             grid, path = around.grid, files[name]
             tables = {
                 "affine": table_of(around.affine_vote, grid, path, organ, free=False),
                 "affine_free": table_of(around.affine_vote, grid, path, organ, free=True),
-                "deformed": table_of(mean, grid, path, organ, free=True),
-                "local": table_of(collected.fused(around.taken), grid, path, organ, free=True),
+                "deformed": table_of(collected.organ.mean(0), grid, path, organ, free=True),
+                "local": table_of(vote, grid, path, organ, free=True),
+                "learnt": table_of(chance, grid, path, organ, free=True),
+                "both": table_of((vote + chance) / 2, grid, path, organ, free=True),
             }
             seconds = round(time.monotonic() - began, 1)
             record = {"name": name, "chose": name in chose, "seconds": seconds, **tables}

@@ -1,4 +1,4 @@
-"""Organ maps, surveys and votes on disk, named by the content that they were made from.
+"""Organ maps, surveys, votes and small networks on disk, named by the content of their sources.
 
 What is there is never made again, so that a propagation that was broken off goes on. The
 functions take paths and plain values: they are what the processes of a pool run.
@@ -10,14 +10,17 @@ import hashlib
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
 from flare_clef.training.atlas_votes import Surroundings, survey, vote_of
-from flare_clef.training.registration import Grid, OrganMaps, load_organ_maps
+from flare_clef.training.registration import Grid, OrganMaps, load_organ_maps, warp
+
+if TYPE_CHECKING:
+    from flare_clef.training.neighbourhood import NeighbourhoodNetwork
 
 STORE_FORMAT = 1
 
@@ -119,3 +122,45 @@ def load_vote(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     with np.load(path) as kept:
         vote, misfit = kept["vote"].astype(np.float32), kept["misfit"].astype(np.float32)
         return vote, misfit, float(kept["agreement"])
+
+
+def store_network(
+    bodies: list[tuple[Path, Path]],
+    organ: int,
+    shown: list[tuple[int, ...]],
+    seed: int,
+    store: Path,
+) -> Path:
+    """A network that learnt where ``organ`` lies in ``bodies``: where it is kept.
+
+    ``bodies`` are organ maps and their survey; see :func:`~.neighbourhood.learn` for ``shown``.
+    """
+    import torch
+
+    from flare_clef.training.neighbourhood import STEPS, Example, learn, network_inputs
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    torch.set_num_threads(1)
+    names = [path.name for body in bodies for path in body]
+    path = store / f"network-{_key(names, organ, shown, seed, STEPS)}.npz"
+    if not path.is_file():
+        examples = []
+        for maps, survey_file in bodies:
+            around = load_survey(survey_file)
+            true = warp(load_maps(maps), organ, around.grid, sitk.Transform())
+            examples.append(Example(network_inputs(around), torch.from_numpy(true)))
+        network = learn(examples, [frozenset(organs) for organs in shown], seed, STEPS)
+        _save(path, **{name: value.numpy() for name, value in network.state_dict().items()})
+    return path
+
+
+def load_network(path: Path) -> NeighbourhoodNetwork:
+    """What :func:`store_network` kept."""
+    import torch
+
+    from flare_clef.training.neighbourhood import NeighbourhoodNetwork
+
+    network = NeighbourhoodNetwork()
+    with np.load(path) as kept:
+        network.load_state_dict({name: torch.from_numpy(kept[name]) for name in kept.files})
+    return network.eval()

@@ -20,10 +20,9 @@ from flare_clef.training.registration import (
     warp,
 )
 
-DEFORMED_ATLASES = 50
 FUSED_ATLASES = 12
-"""How well an atlas fits is known once it is deformed: all are, and the best vote. With the ten
-that fit best before it, leave-one-out gave less (docs/propagation.md)."""
+"""So many are deformed and vote. With all 50 deformed and the best twelve chosen then, the vote
+alone gained 0.009 in DSC and took four times as long (docs/propagation.md)."""
 _SURROUNDINGS_MM = 24.0
 _FAINTEST_VOTE = 0.02
 
@@ -121,7 +120,7 @@ def vote_of(
 
 
 def collect(votes: list[tuple[np.ndarray, np.ndarray, float]]) -> Votes:
-    """The votes of the :data:`FUSED_ATLASES` that fit best, best first."""
-    best = sorted(votes, key=lambda vote: -vote[2])[:FUSED_ATLASES]
+    """``votes`` of deformed atlases together, those that fit best first."""
+    best = sorted(votes, key=lambda vote: -vote[2])
     organs, misfits, agreements = zip(*best, strict=True)
     return Votes(np.array(organs), np.array(misfits), tuple(agreements))

@@ -17,8 +17,10 @@ from flare_clef.errors import UserError
 from flare_clef.organs import Organ
 from flare_clef.scan_files import strip_suffix
 from flare_clef.training.atlas_store import load_maps
+from flare_clef.training.atlas_votes import Surroundings, Votes
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.fusion import calibrate
+from flare_clef.training.neighbourhood import Learnt
 from flare_clef.training.propagated_files import (
     Propagated,
     Vote,
@@ -99,8 +101,9 @@ def propagate(
             raise UserError(
                 f"{atlases}: no label map can be laid over another ({result.problems[-1]})"
             )
+        learnt = shop.learnt(found, kept, organ.index, weights)
         result.calibration = calibration = calibrate(
-            [votes.fused(around.taken) for around, votes in tried.votes.values()],
+            [fused(name, *polled, learnt) for name, polled in tried.votes.items()],
             [
                 _true_organ(kept[name], organ.index, around.grid)
                 for name, (around, _) in tried.votes.items()
@@ -115,7 +118,11 @@ def propagate(
                 for name in sorted(kept.keys() - polled.placed)
             ]
         votes = {
-            name: Vote(around.grid, votes.fused(around.taken), float(np.mean(votes.agreement)))
+            name: Vote(
+                around.grid,
+                fused(name, around, votes, learnt),
+                float(np.mean(votes.agreement)),
+            )
             for name, (around, votes) in polled.votes.items()
         }
     by_name = {case.name: case for case in cases}
@@ -134,6 +141,15 @@ def propagate(
     remove_others(output, set(result.cases))
     write_records(result, by_name, organ, output)
     return result
+
+
+def fused(name: str, around: Surroundings, votes: Votes, learnt: Learnt | None) -> np.ndarray:
+    """float32 (z, y, x), 0 to 1: the deformed atlases' vote and what was learnt, their mean.
+
+    They err differently: the mean is better than either (docs/propagation.md).
+    """
+    vote = votes.fused(around.taken)
+    return vote if learnt is None else (vote + learnt.chance(name, around)) / 2
 
 
 def _in_our_numbers(case: Case, store: Path) -> Path:

@@ -13,19 +13,28 @@ from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.training.atlas_store import (
+    load_network,
     load_survey,
     load_vote,
     store_maps,
+    store_network,
     store_survey,
     store_vote,
 )
-from flare_clef.training.atlas_votes import DEFORMED_ATLASES, Surroundings, Votes, collect
+from flare_clef.training.atlas_votes import FUSED_ATLASES, Surroundings, Votes, collect
+from flare_clef.training.neighbourhood import LEAST_ATLASES, Learnt
 
 SPACING_MM = 4.0
+PARTS = 4
+"""So many networks learn, each from all atlases but one part."""
 _WORKER_LOST = (
     "propagate: a process of the pool was ended from outside, most likely for want of memory; "
     "run the same command again with fewer --workers"
 )
+
+
+def _others(target: str, atlases: dict[str, Path]) -> list[str]:
+    return [name for name in sorted(atlases) if name != target]
 
 
 def _end_with_parent() -> None:
@@ -106,6 +115,55 @@ class Workshop:
         }
         return self._gather(work, "organ maps")
 
+    def _surveys(
+        self,
+        targets: dict[str, Path],
+        atlases: dict[str, Path],
+        organ: int,
+        weights: dict[int, float],
+    ) -> tuple[dict[str, Path], dict[str, str]]:
+        """The surroundings of ``organ`` in each target by atlases of another name."""
+        work = {}
+        for name, path in targets.items():
+            others = [atlases[other] for other in _others(name, atlases)]
+            work[self._submit(store_survey, path, others, organ, weights, self.store)] = name
+        return self._gather(work, "survey")
+
+    def learnt(
+        self,
+        targets: dict[str, Path],
+        atlases: dict[str, Path],
+        organ: int,
+        weights: dict[int, float],
+    ) -> Learnt | None:
+        """What small networks learn of the atlases, to be asked about ``targets``.
+
+        Each does without a part of the atlases, for which it can be asked, too. None with fewer
+        than ``LEAST_ATLASES``.
+        """
+        surveys, _ = self._surveys(atlases, atlases, organ, weights)
+        if len(surveys) < LEAST_ATLASES:
+            return None
+        asked, _ = self._surveys(targets, atlases, organ, weights)
+        shown = sorted({tuple(sorted(load_survey(path).organs)) for path in asked.values()})
+        names = sorted(surveys)
+        taught = [[n for n in names if n not in names[part::PARTS]] for part in range(PARTS)]
+        work = {
+            self._submit(
+                store_network,
+                [(atlases[n], surveys[n]) for n in some],
+                organ,
+                shown,
+                seed,
+                self.store,
+            ): seed
+            for seed, some in enumerate(taught)
+        }
+        kept, failed = self._gather(work, "network")
+        if failed:
+            raise UserError(f"propagate: {next(iter(failed.values()))}")
+        return Learnt([(frozenset(taught[seed]), load_network(kept[seed])) for seed in kept])
+
     def votes(
         self,
         targets: dict[str, Path],
@@ -114,14 +172,8 @@ class Workshop:
         weights: dict[int, float],
     ) -> Polled:
         """The votes that atlases of another name have on each target."""
-        used = {target: [name for name in sorted(atlases) if name != target] for target in targets}
-        work = {
-            self._submit(
-                store_survey, path, [atlases[n] for n in used[name]], organ, weights, self.store
-            ): name
-            for name, path in targets.items()
-        }
-        surveys, failed = self._gather(work, "survey")
+        used = {target: _others(target, atlases) for target in targets}
+        surveys, failed = self._surveys(targets, atlases, organ, weights)
         pairs = {
             self._submit(
                 store_vote,
@@ -133,7 +185,7 @@ class Workshop:
                 self.store,
             ): (name, number)
             for name, around in surveys.items()
-            for number in load_survey(around).ranking[:DEFORMED_ATLASES]
+            for number in load_survey(around).ranking[:FUSED_ATLASES]
         }
         fitted, unfit = self._gather(pairs, "pair")
         polled = Polled(failed=failed)

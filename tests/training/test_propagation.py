@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from bodies import body_labels, write_training_set, write_volume
 from typer.testing import CliRunner
 
 from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.organs import ORGAN_BY_INDEX
+from flare_clef.training import neighbourhood, workshop
+from flare_clef.training.atlas_votes import Surroundings
 from flare_clef.training.cases import find_cases, prepare_case
 from flare_clef.training.doubt import CLASSES, UNDECIDED, WEIGHTS
 
@@ -59,6 +63,42 @@ def test_the_missing_organ_is_found(run) -> None:  # type: ignore[no-untyped-def
     assert (true & ((labels == 12) | (labels == UNDECIDED))).sum() > 0.9 * true.sum()
     others = (truth > 0) & ~true
     np.testing.assert_array_equal(labels[others], truth[others])
+
+
+def test_with_enough_atlases_networks_learn_from_them(
+    run,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same four atlases, as if they were enough, and shorter learning, all in one process."""
+    folder, _, _, truth = run
+    in_thread = lambda workers, context, begin: ThreadPoolExecutor(1)  # noqa: E731
+    monkeypatch.setattr(workshop, "ProcessPoolExecutor", in_thread)
+    monkeypatch.setattr(workshop, "LEAST_ATLASES", 4)
+    monkeypatch.setattr(workshop, "PARTS", 2)
+    monkeypatch.setattr(neighbourhood, "STEPS", 60)
+    threads = torch.get_num_threads()
+    asked = []
+    chance_of = neighbourhood.Learnt.chance
+
+    def chance(learnt: neighbourhood.Learnt, name: str, around: Surroundings) -> np.ndarray:
+        asked.append((name, [name in names for names, _ in learnt.networks]))
+        return chance_of(learnt, name, around)
+
+    monkeypatch.setattr(neighbourhood.Learnt, "chance", chance)
+    for part in ("atlases", "cases"):
+        (tmp_path / part).symlink_to(folder / part)
+    _propagate(tmp_path)
+    torch.set_num_threads(threads)
+    # Each atlas that judges is seen by one of the two networks, the case by none.
+    assert sorted(asked) == [
+        *((f"atlas_{number}", [number % 2 == 0, number % 2 == 1]) for number in range(1, 5)),
+        ("lacking", [False, False]),
+    ]
+    assert len(list((tmp_path / "out" / "store").glob("network-*"))) == 2
+    guess = _read(tmp_path / "out" / "probabilities" / "lacking.nii.gz") >= 128
+    true = truth == 12
+    assert 2 * (guess & true).sum() / (guess.sum() + true.sum()) >= 0.8
 
 
 def test_own_labels_stay(run) -> None:  # type: ignore[no-untyped-def]
