@@ -103,7 +103,7 @@ class Workshop:
             except BrokenExecutor:
                 raise UserError(_WORKER_LOST) from None
             except RuntimeError as error:
-                failed[key] = f"registration failed ({str(error).splitlines()[-1].strip()})"
+                failed[key] = f"{what} failed ({str(error).splitlines()[-1].strip()})"
             self._tell(what)
         return done, failed
 
@@ -139,12 +139,12 @@ class Workshop:
         """What small networks learn of the atlases, to be asked about ``targets``.
 
         Each does without a part of the atlases, for which it can be asked, too. None with fewer
-        than ``LEAST_ATLASES``.
+        than ``LEAST_ATLASES``, or if no target lies near any.
         """
         surveys, _ = self._surveys(atlases, atlases, organ, weights)
-        if len(surveys) < LEAST_ATLASES:
-            return None
         asked, _ = self._surveys(targets, atlases, organ, weights)
+        if len(surveys) < LEAST_ATLASES or not asked:
+            return None
         shown = sorted({tuple(sorted(load_survey(path).organs)) for path in asked.values()})
         names = sorted(surveys)
         taught = [[n for n in names if n not in names[part::PARTS]] for part in range(PARTS)]
