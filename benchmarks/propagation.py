@@ -4,9 +4,11 @@ A network's answer counts where it has not learnt from that map or the others of
 
     python benchmarks/propagation.py ATLASES STORE --organ duodenum --results results.jsonl
     python benchmarks/propagation.py --table results.jsonl
+    python benchmarks/propagation.py ATLASES STORE --organ duodenum --cases SLABS TRAIN
 
 A line a map is appended as it is done; run again to go on. Judged on the map's own grid.
 Every fifth map chose the parameters and the thresholds; the table gives the others and all.
+The last form judges scans that have labels of the organ, with the networks of the first.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from pathlib import Path
 import numpy as np
 
 from flare_clef.errors import UserError
-from flare_clef.images import read_image
+from flare_clef.images import Image, read_image
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.training.fusion import dsc
+from flare_clef.training.atlas_votes import Surroundings, Votes
+from flare_clef.training.cases import read_labels
+from flare_clef.training.datasets import read_dataset
+from flare_clef.training.fusion import dsc, possible_values
+from flare_clef.training.neighbourhood import Learnt
 from flare_clef.training.propagated_files import vote_on
 from flare_clef.training.propagation import find_atlases, organ_weights
 from flare_clef.training.registration import Grid
 from flare_clef.training.workshop import Workshop
-from flare_clef.writing import labels_to_sitk
+from flare_clef.writing import labels_to_sitk, write_labels
 
 THRESHOLDS = [round(0.1 + 0.05 * step, 2) for step in range(11)]
 STEPS = {
@@ -40,12 +46,30 @@ STEPS = {
 PARAMETERS_EVERY = 5
 
 
-def table_of(vote: np.ndarray, grid: Grid, labels: Path, organ: int, free: bool) -> list[float]:
-    """DSC at each of ``THRESHOLDS`` on the grid of the file ``labels``."""
-    true = read_image(labels)
+def steps_of(
+    name: str, around: Surroundings, votes: Votes, learnt: Learnt
+) -> dict[str, np.ndarray]:
+    """What each of ``STEPS`` says, 0 to 1, on the working grid."""
+    vote, chance = votes.fused(around.taken), learnt.chance(name, around)
+    return {
+        "affine": around.affine_vote,
+        "affine_free": np.where(around.taken, 0, around.affine_vote),
+        "deformed": votes.organ.mean(0),
+        "local": vote,
+        "learnt": chance,
+        "both": (vote + chance) / 2,
+    }
+
+
+def table_of(
+    vote: np.ndarray, grid: Grid, true: Image, organ: int, free: bool, hu: np.ndarray | None = None
+) -> list[float]:
+    """DSC at each of ``THRESHOLDS`` on the grid of ``true``; ``free``: no other organ's voxels."""
     share = vote_on(vote, grid, labels_to_sitk(true.array.astype(np.uint8), true))
     if free:
         share[(true.array != 0) & (true.array != organ)] = 0
+    if hu is not None:
+        share[~possible_values(hu)] = 0
     return [round(dsc(share >= 255 * t, true.array == organ), 4) for t in THRESHOLDS]
 
 
@@ -72,21 +96,42 @@ def measure(folder: Path, store: Path, organ: int, results: Path, every: int) ->
             if polled.failed:
                 raise UserError(polled.failed[name])
             around, collected = polled.votes[name]
-            vote, chance = collected.fused(around.taken), learnt.chance(name, around)
-            grid, path = around.grid, files[name]
+            true = read_image(files[name])
             tables = {
-                "affine": table_of(around.affine_vote, grid, path, organ, free=False),
-                "affine_free": table_of(around.affine_vote, grid, path, organ, free=True),
-                "deformed": table_of(collected.organ.mean(0), grid, path, organ, free=True),
-                "local": table_of(vote, grid, path, organ, free=True),
-                "learnt": table_of(chance, grid, path, organ, free=True),
-                "both": table_of((vote + chance) / 2, grid, path, organ, free=True),
+                step: table_of(vote, around.grid, true, organ, free=step != "affine")
+                for step, vote in steps_of(name, around, collected, learnt).items()
             }
             seconds = round(time.monotonic() - began, 1)
             record = {"name": name, "chose": name in chose, "seconds": seconds, **tables}
             with results.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             print(name, *(max(tables[step]) for step in STEPS), seconds, flush=True)
+
+
+def judge(folder: Path, store: Path, organ: int, datasets: list[Path]) -> None:
+    """Prints DSC per step of each case that has labels of ``organ``, which are hidden."""
+    files = {path.name.split(".")[0]: path for path in find_atlases(folder)}
+    cases = {case.name: case for path in datasets for case in read_dataset(path).cases}
+    true = {name: read_labels(case) for name, case in cases.items() if case.labels is not None}
+    true = {name: labels for name, labels in true.items() if (labels.array == organ).any()}
+    hidden = {}
+    for name, labels in true.items():
+        hidden[name] = store / "hidden" / f"{name}.nii.gz"
+        write_labels(np.where(labels.array == organ, 0, labels.array), labels, hidden[name])
+    print("threshold", *THRESHOLDS)
+    with Workshop(store, workers=2) as shop:
+        maps, _ = shop.maps(files)
+        weights = organ_weights(maps, organ)
+        learnt = shop.learnt(maps, maps, organ, weights)
+        if learnt is None:
+            raise UserError(f"{folder}: too few label maps to learn from")
+        targets, _ = shop.maps(hidden)
+        for name, (around, votes) in shop.votes(targets, maps, organ, weights).votes.items():
+            hu = read_image(cases[name].image).array
+            for step, vote in steps_of(name, around, votes, learnt).items():
+                free = step != "affine"
+                print(name, step, *table_of(vote, around.grid, true[name], organ, free))
+            print(name, "values", *table_of(vote, around.grid, true[name], organ, True, hu))
 
 
 def show(results: Path) -> None:
@@ -113,10 +158,14 @@ def main() -> None:
     parser.add_argument("--organ", default="duodenum", choices=sorted(ORGAN_BY_NAME))
     parser.add_argument("--results", type=Path, default=Path("propagation.jsonl"))
     parser.add_argument("--every", type=int, default=1, help="every n-th map only")
+    parser.add_argument("--cases", type=Path, nargs="+", help="judge these training sets")
     parser.add_argument("--table", type=Path, help="only show what is in this file")
     options = parser.parse_args()
+    organ = ORGAN_BY_NAME[options.organ].index
+    if options.cases:
+        judge(options.atlases, options.store, organ, options.cases)
+        return
     if options.table is None:
-        organ = ORGAN_BY_NAME[options.organ].index
         measure(options.atlases, options.store, organ, options.results, options.every)
     show(options.table or options.results)
 
