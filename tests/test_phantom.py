@@ -162,16 +162,16 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shipped_weights_find_the_large_organs() -> None:
-    """DSC with these weights: liver .96, stomach .92, gallbladder .88, right kidney .86, aorta .82,
-    vena cava .81, spleen .80, left kidney .35. A larger fall is a fault somewhere."""
+    """DSC with these weights: liver .97, right kidney .96, stomach .92, gallbladder .92, vena cava
+    .85, aorta .82, spleen .79, duodenum .60, left kidney .48. A larger fall is a fault."""
     from flare_clef.metrics import dice
     from flare_clef.segmenter import Segmenter
 
     body = make_phantom(PhantomOptions(seed=1))
     found = Segmenter().predict(body.hu, spacing_mm=body.spacing_mm, origin_mm=body.origin_mm)
     for name, least in (
-        ("liver", 0.90), ("right_kidney", 0.80), ("stomach", 0.85), ("spleen", 0.72),
-        ("aorta", 0.72), ("inferior_vena_cava", 0.72), ("left_kidney", 0.30),
-        ("gallbladder", 0.80),
+        ("liver", 0.90), ("right_kidney", 0.85), ("stomach", 0.85), ("spleen", 0.72),
+        ("aorta", 0.72), ("inferior_vena_cava", 0.75), ("left_kidney", 0.35),
+        ("gallbladder", 0.80), ("duodenum", 0.50),
     ):  # fmt: skip
         assert dice(found, body.labels, ORGAN_BY_NAME[name].index) > least, name
