@@ -134,6 +134,7 @@ def store_network(
     """A network that learnt where ``organ`` lies in ``bodies``: where it is kept.
 
     ``bodies`` are organ maps and their survey; see :func:`~.neighbourhood.learn` for ``shown``.
+    Raises UserError where it cannot be written.
     """
     import torch
 
