@@ -244,7 +244,6 @@ def blur(image: Tensor, generator: Generator) -> Tensor:
     return torch.lerp(image, blurred, _uniform(generator, 0.3, 1))
 
 
-@torch.autocast("cpu", enabled=False)
 def thick_slices(image: Tensor, generator: Generator) -> Tensor:
     """As if the scan had slices 2 to 4 voxels thick: means of them, interpolated back.
 

@@ -44,10 +44,10 @@ def freeze_statistics(
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-    with torch.no_grad(), forward_precision(precision, device):
-        for volume in volumes:
-            # One bad case must not spoil all that follows; its own steps will name it.
-            if torch.isfinite(volume).all():
+    for volume in volumes:  # made one by one, and never under autocast: it would round places
+        # One bad case must not spoil all that follows; its own steps will name it.
+        if torch.isfinite(volume).all():
+            with torch.no_grad(), forward_precision(precision, device):
                 network(volume.to(device))
     for layer in layers:
         layer.momentum = 0.1

@@ -64,7 +64,6 @@ def _places(
         yield span, places[0], places[1], places[2]
 
 
-@torch.autocast("cpu", enabled=False)  # places in bf16 would be wrong by whole voxels
 def resample(
     image: Tensor,
     affine: Tensor,

@@ -202,6 +202,19 @@ def test_frozen_statistics_are_the_mean_over_the_volumes():
     assert not first.norm.training
 
 
+def test_volumes_for_the_statistics_are_made_in_full_precision():
+    """In bf16 the network computes; where a volume's voxels lie would be wrong by voxels."""
+    rounded = []
+
+    def volumes():
+        for _ in range(3):
+            rounded.append(torch.is_autocast_enabled("cpu"))
+            yield torch.rand(1, 1, 16, 16, 16)
+
+    freeze_statistics(lively_network(TINY), volumes(), "bf16")
+    assert rounded == [False] * 3
+
+
 @pytest.mark.parametrize(("freeze_after", "kept"), [(0.0, True), (0.5, False)])
 def test_frozen_from_the_first_step_the_starts_statistics_stay(
     prepared, tmp_path: Path, freeze_after, kept
