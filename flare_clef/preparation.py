@@ -32,7 +32,8 @@ AIR_HU = -1024.0
 
 SHORTEST_MM = 220.0
 """The shortest extent from feet to head that is spread over the whole grid."""
-_MOST_STRETCH = 4
+MOST_STRETCH = 4
+"""And so many times its length at most."""
 
 # Slices resized at a time: bounds the memory above the scan itself to a few tens of MB.
 _CHUNK_SLICES = 16
@@ -150,7 +151,7 @@ def with_air(box: Box, slice_mm: float) -> Box:
     """
     (start, stop), *others = box
     shown = stop - start
-    wanted = int(np.ceil(min(SHORTEST_MM / slice_mm, _MOST_STRETCH * shown)))
+    wanted = int(np.ceil(min(SHORTEST_MM / slice_mm, MOST_STRETCH * shown)))
     missing = max(0, wanted - shown)
     below = missing // 2
     return ((start - below, stop + missing - below), *others)  # type: ignore[return-value]

@@ -8,7 +8,7 @@ its seed alone. There is no left-right flip: kidneys and adrenal glands have sid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -18,6 +18,7 @@ from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
 from flare_clef.training.doubt import CLASSES
 from flare_clef.training.resampling import WHOLE, resample
+from flare_clef.training.short_pieces import draw_piece
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
@@ -45,6 +46,9 @@ class AugmentationSettings:
     """Largest share of an axis that is cut off."""
     view_air: float = 0.25
     """Largest share of an axis that is added as air."""
+    piece_probability: float = 0.0
+    """How often a short piece of the scan is seen in place of the whole, its view not cut
+    otherwise."""
     elastic: float = 0.02
     """Standard deviation of the displacement, as a share of the volume."""
     gain: float = 0.12
@@ -138,20 +142,34 @@ def deform(
     settings: AugmentationSettings | None,
     generator: Generator,
     block: int = 0,
+    height_mm: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Affine, field of view and elastic change of image and labels alike, on a new grid.
 
     ``settings`` None only resizes. ``block`` gives a cube of so many voxels of that grid, see
-    :func:`draw_block`. Beyond the volume there is air (-1) and background.
+    :func:`draw_block`. Beyond the volume there is air (-1) and background. Short pieces are
+    made where ``height_mm``, from the first slice's edge to the last one's, is known.
     """
-    affine, coarse = torch.eye(3, 4), None
+    affine, coarse, piece = torch.eye(3, 4), None, None
     if settings is not None:
+        if height_mm and settings.piece_probability:
+            if _chance(generator, settings.piece_probability):
+                piece = draw_piece(image, height_mm, generator)
+            if piece is not None:
+                settings = replace(settings, view_probability=0.0)
         affine = draw_affine(settings, generator)
         if settings.elastic > 0:
             coarse = torch.randn(3, 5, 5, 5, generator=generator) * (2 * settings.elastic)
+        if piece is not None:
+            affine = piece.zoom(affine)
+            if coarse is not None:
+                coarse[2] *= piece.size  # bends as much as it does a whole body
     window = draw_block(labels, affine, size, block, generator) if block else WHOLE
     image, moved = resample(image, affine, size, window, coarse, labels)
     assert moved is not None
+    if piece is not None:
+        piece.cut(image, -1, size[0], window[0])
+        piece.cut(moved, 0, size[0], window[0])
     return image, moved
 
 
@@ -289,14 +307,15 @@ def augment(
     settings: AugmentationSettings | None,
     generator: Generator,
     block: int = 0,
+    height_mm: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A step's image and labels on a grid of ``size``, or a cube of ``block`` voxels of it.
 
-    None for ``settings`` changes nothing but the size.
+    None for ``settings`` changes nothing but the size; ``height_mm`` as :func:`deform`.
     """
     if settings is None and not block and tuple(image.shape) == size:
         return image.float(), labels
-    image, labels = deform(image, labels, size, settings, generator, block)
+    image, labels = deform(image, labels, size, settings, generator, block, height_mm)
     if settings is not None:
         if settings.organ_probability:
             image = change_organs(image, labels, settings, generator)

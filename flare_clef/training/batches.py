@@ -72,5 +72,6 @@ def batch_of(case: PreparedCase, stage: Stage, generator: torch.Generator) -> La
         stage.augmentation,
         generator,
         block=stage.block,
+        height_mm=case.spacing_mm[0] * case.image.shape[0],
     )
     return LabelledBatch(case.case.name, image[None, None], labels, case.case.labelled)
