@@ -162,8 +162,8 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shipped_weights_find_the_large_organs() -> None:
-    """DSC with these weights: liver .97, right kidney .96, stomach .92, gallbladder .92, vena cava
-    .85, aorta .82, spleen .79, duodenum .60, left kidney .48. A larger fall is a fault."""
+    """DSC with these weights: liver .97, right kidney .97, gallbladder .93, stomach .92, vena cava
+    .88, aorta .82, spleen .79, duodenum .61, left kidney .51. A larger fall is a fault."""
     from flare_clef.metrics import dice
     from flare_clef.segmenter import Segmenter
 
