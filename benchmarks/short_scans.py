@@ -3,9 +3,9 @@
     python benchmarks/short_scans.py DATA --cases NAME ... --pieces 110 170
 
 DATA is a training set. Of each case a piece of so many mm about its pancreas is cut out (none
-named: the scan as it is) and labelled with the shipped weights, once stretched over the whole
-grid (0) and once for each length of --shortest, in mm. Printed: mean DSC of the organs that
-are labelled in the piece with more than 50 voxels.
+named: the scan as it is) and labelled with the shipped weights or --weights, once stretched
+over the whole grid (0) and once for each length of --shortest, in mm. Printed: mean DSC of the
+organs that are labelled in the piece with more than 50 voxels.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--pieces", type=float, nargs="*", default=[])
     parser.add_argument("--shortest", type=float, nargs="+", default=[220.0, 260.0])
+    parser.add_argument("--weights", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
-    weights = load_weights()
+    weights = load_weights(options.weights)
     network = FoldedNetwork(weights.network(), torch.device("cpu"), "fp32")
     lengths = [0.0, *options.shortest]
     print("| piece | " + " | ".join(f"{mm:.0f} mm" for mm in lengths) + " |")

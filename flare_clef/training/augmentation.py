@@ -17,13 +17,11 @@ from torch.nn import functional
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
 from flare_clef.training.doubt import CLASSES
-from flare_clef.training.resampling import WHOLE, resample
+from flare_clef.training.resampling import AIR, WHOLE, resample
 from flare_clef.training.short_pieces import draw_piece
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
-_AIR = -0.999
-"""Below this a prepared voxel is air or lung, clipped: no intensity change reaches it."""
 _TISSUE_HU = -50
 """Above it there is tissue or fluid, below it fat or gas."""
 _HOLLOW = {ORGAN_BY_NAME[n].index for n in ("gallbladder", "esophagus", "stomach", "duodenum")}
@@ -180,7 +178,7 @@ def change_intensities(
 
     Air and lung, clipped to -1 in every scan, stay at -1.
     """
-    air = image <= _AIR
+    air = image <= AIR
     if _chance(generator, settings.clip_probability):
         image = unclip(image, generator)
     if _chance(generator, settings.clip_probability):

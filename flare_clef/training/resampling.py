@@ -19,6 +19,8 @@ WHOLE = (slice(None), slice(None), slice(None))
 _AT_ONCE = 2**17
 """Voxels, so that all that is known of them fits the cache of a core."""
 _RIM = (1,) * 6
+AIR = -0.999
+"""Below this a prepared voxel is air or lung, clipped."""
 
 
 def _tent(count: int, nodes: int, span: slice) -> Tensor:

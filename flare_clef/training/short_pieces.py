@@ -13,10 +13,10 @@ import torch
 from torch import Generator, Tensor
 
 from flare_clef.preparation import MOST_STRETCH, SHORTEST_MM
+from flare_clef.training.resampling import AIR
 
 _SHORTEST_PIECE_MM = 40.0
 _LONGEST_PIECE_MM = 200.0
-_AIR = -0.999
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Piece:
     """Which slices of a volume are seen, all places along z in (-1, 1)."""
 
     middle: float
+    """Of the piece, in the volume."""
     size: float
     """Of the grid that shows the piece and its air, as a share of the volume's height."""
     share: float
@@ -47,11 +48,13 @@ class Piece:
 
 
 def draw_piece(image: Tensor, height_mm: float, generator: Generator) -> Piece | None:
-    """A piece of 40 to 200 mm, anywhere in ``image``, which is ``height_mm`` high.
+    """A piece of 40 to 200 mm, short ones more often, anywhere in the body of ``image``.
+
+    ``image`` is (z, y, x) in (-1, 1) and ``height_mm`` high, its air included.
 
     None for a scan that is itself so short that air was laid above and below it.
     """
-    shown = torch.nonzero((image > _AIR).flatten(1).any(1)).flatten()
+    shown = torch.nonzero((image > AIR).flatten(1).any(1)).flatten()
     if len(shown) == 0:
         return None
     slice_mm = height_mm / image.shape[0]
