@@ -32,14 +32,20 @@ def export(
     hours: float,
     activation_ranges: dict[str, float] | None = None,
     operating_points: dict[str, float] | None = None,
+    mean_with: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Writes ``network`` with the record of how it was made and what it reached.
 
     ``description`` is the run's (:func:`flare_clef.training.provenance.describe`), ``table``
-    the trainer's validation. Raises UserError, and writes nothing, where ``predict`` with the
+    the trainer's validation, ``mean_with`` the records of weights that ``network`` is the mean
+    with. Raises UserError, and writes nothing, where ``predict`` with the
     file does not repeat that table on the first case kept aside.
     """
     recipe = without_places(description["recipe"])
+    seen: dict[str, str] = {}
+    for other in mean_with:
+        seen.update(other.get("trained_on", {}))
+    seen.update({case.name: case.source for case in trained_on})
     record: dict[str, Any] = {
         **description["versions"],
         "machine": description["machine"]["processor"],
@@ -47,8 +53,9 @@ def export(
         "hours": round(hours, 2),
         "recipe": recipe,
         "source": description["source"],
-        "trained_on": {case.name: case.source for case in trained_on},
+        "trained_on": seen,
         **_earlier(description),
+        **_parts(mean_with),
         "validation_dice": table,
         "validation_means": {name: round(v, 4) for name, v in means(table).items()},
         "operating_points": operating_points or {},
@@ -84,6 +91,13 @@ def _earlier(description: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _parts(mean_with: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the others were made that the weights are the mean with."""
+    kept = ("steps", "hours", "recipe")
+    parts = [{key: other[key] for key in kept if key in other} for other in mean_with]
+    return {"mean_with": parts} if parts else {}
+
+
 def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     """``recipe`` with the last part of every path alone: weights travel, folders need not."""
     data = {
@@ -95,7 +109,14 @@ def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
         **recipe["propagate"],
         "atlases": Path(recipe["propagate"]["atlases"]).name,
     }
-    return {**recipe, "data": data, "finetune": finetune, "propagate": propagate}
+    names = [Path(name).name for name in recipe["export"].get("mean_with", ())]
+    return {
+        **recipe,
+        "data": data,
+        "finetune": finetune,
+        "propagate": propagate,
+        "export": {**recipe["export"], "mean_with": names},
+    }
 
 
 def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str) -> None:

@@ -38,8 +38,6 @@ class FinetuningPlan:
 
     stages: tuple[Stage, ...]
     seed: int = 0
-    start_share: float = 0.0
-    """Share of ``start``'s weights in the exported ones, see :func:`mix`."""
     warmup_steps: int = 50
     optimizer: str = "adam"
     """``adam``, the paper's, or ``muon``, see :mod:`flare_clef.training.muon`."""

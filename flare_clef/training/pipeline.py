@@ -34,7 +34,8 @@ from flare_clef.training.progress import TrainingProgress
 from flare_clef.training.run import Run, split
 from flare_clef.training.tensorboard import TensorBoardLog
 from flare_clef.training.validation import DiceTable, means, validate
-from flare_clef.training.weight_average import mix
+from flare_clef.training.weights_mean import load_others, take_mean
+from flare_clef.weights import Weights
 
 WEIGHTS = "weights.safetensors"
 CURVES_EVERY_SECONDS = 300
@@ -73,7 +74,8 @@ def pretrain(run: Run) -> Path:
 def finetune(run: Run) -> Path:
     """Fine-tunes, judges on the cases kept aside, exports; returns the weights' file."""
     recipe, plan = run.recipe, run.recipe.finetune
-    start = _segmentation_start(run) if plan.start_share else find_start(run)
+    start = find_start(run)
+    _others(run)  # a file that doesn't fit is told before the training, not after it
     cases = run.labelled()
     trained, aside = split(run, cases)
     prepared = run.prepare(trained)
@@ -134,8 +136,7 @@ def export_run(run: Run) -> Path:
         raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
     path = run.folder / WEIGHTS
     description = provenance.read_run(run.folder)
-    # These may be decided after the training.
-    description["recipe"]["finetune"]["start_share"] = run.recipe.finetune.start_share
+    # This may be decided after the training.
     description["recipe"]["export"] = asdict(run.recipe.export)
     _export(run, trainer, trainer.result(), description, (trained, aside), path)
     return path
@@ -151,10 +152,9 @@ def _export(
 ) -> None:
     """Of the first process alone: nothing in here may wait for the others."""
     trained, aside = cases
-    plan = run.recipe.finetune
-    grid = plan.stages[-1].grid
-    if plan.start_share:
-        mix(network, _segmentation_start(run), plan.start_share)
+    grid = run.recipe.finetune.stages[-1].grid
+    others = _others(run)
+    take_mean(network, others)
     points = dict(run.recipe.export.offsets)
     if points:
         move(network, np.array([points.get(organ.name, 0.0) for organ in ORGANS]))
@@ -187,6 +187,7 @@ def _export(
         precision=run.precision,
         steps=trainer.step,
         hours=trainer.seconds / 3600,
+        mean_with=[weights.record for weights in others],
     )
     run.say(f"wrote {path}")
 
@@ -205,14 +206,9 @@ def _move_to_operating_points(
     return {o.name: float(v) for o, v in zip(ORGANS, found.offsets, strict=True)}
 
 
-def _segmentation_start(run: Run) -> SegmentationNetwork:
-    start = find_start(run)
-    if isinstance(start, SegmentationNetwork):
-        return start
-    raise UserError(
-        f"finetune.start_share = {run.recipe.finetune.start_share}: finetune.start must name a "
-        "weights file with all of a network; name one, or leave start_share out"
-    )
+def _others(run: Run) -> list[Weights]:
+    files = [run.base / name for name in run.recipe.export.mean_with]
+    return load_others(files, run.recipe.network)
 
 
 def find_start(run: Run) -> SegmentationNetwork | UNet | None:

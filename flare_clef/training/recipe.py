@@ -74,6 +74,9 @@ class ExportSettings:
     the training cases."""
     offsets: dict[str, float] = field(default_factory=dict)
     """Offsets of organs' logits that another run chose: for a last run with no case kept aside."""
+    mean_with: tuple[str, ...] = ()
+    """Weights files, relative to the recipe; what is exported is the mean of them and the run's,
+    see :mod:`flare_clef.training.weights_mean`."""
 
 
 @dataclass(frozen=True)

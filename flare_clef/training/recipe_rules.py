@@ -79,8 +79,6 @@ def problem_of(recipe: Recipe) -> str | None:
          "0 or more"),
         ("finetune.weight_average", plan.weight_average, 0 <= plan.weight_average < 1,
          "0 or more and below 1"),
-        ("finetune.start_share", plan.start_share, 0 <= plan.start_share < 1,
-         "0 or more and below 1"),
         ("finetune.gradient_clip", plan.gradient_clip, plan.gradient_clip >= 0, "0 or more"),
         ("finetune.warmup_steps", plan.warmup_steps, plan.warmup_steps >= 0, "0 or more"),
         ("finetune.repeats", min(plan.repeats.values(), default=0),

@@ -1,4 +1,4 @@
-"""Averages of weights, along a run or with its start: judged and exported if the recipe says so."""
+"""An average of weights along a run: judged and exported if the recipe says so."""
 
 from __future__ import annotations
 
@@ -59,17 +59,3 @@ class WeightAverage:
         source = saved or self._live
         for name, average in self._average.items():
             average.copy_(source[name])
-
-
-@torch.no_grad()
-def mix(network: nn.Module, start: nn.Module, start_share: float) -> None:
-    """Makes ``network`` (1 - share) * itself + share * the weights that it was trained from.
-
-    Both lie in one valley of the loss, and their mean often serves better than either, most of
-    all on data unlike the last training's (M. Wortsman et al., Robust fine-tuning of zero-shot
-    models, CVPR 2022).
-    """
-    before = start.state_dict()
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(before[name].to(tensor), start_share)

@@ -20,7 +20,7 @@ from flare_clef.errors import UserError
 from flare_clef.training.checkpoints import BEFORE, BEST, LAST, load_checkpoint, save_checkpoint
 from flare_clef.training.finetuning import Finetuning
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
-from flare_clef.training.weight_average import WeightAverage, mix
+from flare_clef.training.weight_average import WeightAverage
 
 __all__ = ["one_thread"]
 SCRIPT = Path(__file__).with_name("small_runs.py")
@@ -220,18 +220,6 @@ def test_weight_average_by_hand(tmp_path: Path):
     with average.in_place():
         assert layer.weight.item() == pytest.approx(3.6)
     assert layer.weight.item() == 0
-
-
-def test_mix_with_the_start_by_hand():
-    network, start = torch.nn.BatchNorm3d(1), torch.nn.BatchNorm3d(1)
-    with torch.no_grad():
-        for layer, weight, mean in ((network, 2.0, 10.0), (start, 6.0, 20.0)):
-            layer.weight.fill_(weight)
-            layer.running_mean.fill_(mean)
-    mix(network, start, 0.25)
-    assert network.weight.item() == pytest.approx(3.0)  # 0.75 * 2 + 0.25 * 6
-    assert network.running_mean.item() == pytest.approx(12.5)
-    assert start.weight.item() == 6
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path):

@@ -78,7 +78,7 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     assert described["versions"].keys() == {"flare_clef", "python", "torch", "numpy"}
 
     # A key that is younger than the run is no difference.
-    del described["recipe"]["finetune"]["start_share"]
+    del described["recipe"]["export"]["mean_with"]
     (run / "run.json").write_text(json.dumps(described))
 
     # Once more: nothing is trained again, the weights are the same.
@@ -158,7 +158,7 @@ def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypat
     assert not list(run.glob("*weights*"))
 
 
-def test_a_share_of_the_start_is_in_the_exported_weights(folder: Path):
+def test_the_mean_with_other_weights_is_exported(folder: Path):
     recipe, run = str(folder / "r.toml"), folder / "shared"
     plain = ("--set", "pretrain=false", "--set", "finetune.patience_epochs=0")
     done = call(folder, "finetune", recipe, "--output", str(folder / "first"), *plain)
@@ -168,20 +168,23 @@ def test_a_share_of_the_start_is_in_the_exported_weights(folder: Path):
     done = call(folder, "finetune", recipe, "--output", str(run), *options)
     assert done.exit_code == 0, done.output
     trained = load_weights(run / "weights.safetensors")
-    half = ("--set", "finetune.start_share=0.5")
+    half = ("--set", f'export.mean_with=["{start}"]')
     done = call(folder, "export", recipe, "--output", str(run), *options, *half)
     assert done.exit_code == 0, done.output
     mixed = load_weights(run / "weights.safetensors")
-    assert mixed.record["recipe"]["finetune"]["start_share"] == 0.5
     before = load_weights(start)
+    assert mixed.record["recipe"]["export"]["mean_with"] == ["weights.safetensors"]
+    assert [one["recipe"] for one in mixed.record["mean_with"]] == [before.record["recipe"]]
     for name, tensor in mixed.tensors.items():
         one, two = before.tensors[name].double(), trained.tensors[name].double()
         # Each of the two, and their mean, is rounded to half precision by itself.
         allowed = 2**-10 * torch.maximum(one.abs(), two.abs()) + 1e-7
         assert ((tensor.double() - (one + two) / 2).abs() <= allowed).all(), name
 
-    refused = call(folder, "finetune", recipe, "--output", str(folder / "no"), *plain, *half)
-    assert "finetune.start must name a weights file" in str(refused.exception)
+    absent = ("--set", 'export.mean_with=["absent.safetensors"]')
+    refused = call(folder, "finetune", recipe, "--output", str(folder / "no"), *plain, *absent)
+    assert "absent.safetensors: no such weights file" in str(refused.exception)
+    assert not (folder / "no" / "metrics.jsonl").exists()
 
 
 def test_what_is_missing_is_named(folder: Path):
