@@ -152,7 +152,7 @@ class FoldedNetwork:
         below = self._below(pooled)
         logits = torch.empty(*grid, self.architecture.classes, dtype=self.dtype)
         for start, stop in slabs:
-            logits[start:stop] = self._finest(source, below, start, stop)[0].permute(1, 2, 3, 0)
+            self._finest(source, below, start, stop, logits[start:stop])
         return logits.permute(3, 0, 1, 2)
 
     def _first_pass(self, x: Tensor, slabs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -191,8 +191,8 @@ class FoldedNetwork:
                 x = conv(x)
         return x
 
-    def _finest(self, source: Tensor, below: Tensor, start: int, stop: int) -> Tensor:
-        """Logits of slices [start, stop)."""
+    def _finest(self, source: Tensor, below: Tensor, start: int, stop: int, logits: Tensor) -> None:
+        """Writes ``logits`` (z, y, x, classes) of slices [start, stop)."""
         depth, reach = source.shape[2], len(self._decoder[0])
         low, high = max(0, start - reach), min(depth, stop + reach)
         skip_low, skip_high = max(0, low - 1), min(depth, high + 1)
@@ -200,7 +200,10 @@ class FoldedNetwork:
         part = self._merged_slices(skip, below, (skip_low, skip_high), (low, high))
         for conv in self._decoder[0]:
             part = conv(part)
-        return self._logits(part[:, :, start - low : stop - low])
+        part = part[:, :, start - low : stop - low]
+        # Slice by slice what lies between the head's two convolutions stays in the cache.
+        for z, plane in enumerate(logits):
+            plane.copy_(self._logits(part[:, :, z : z + 1])[0, :, 0].permute(1, 2, 0))
 
     def _merged_slices(
         self, skip: Tensor, below: Tensor, held: tuple[int, int], wanted: tuple[int, int]
@@ -216,8 +219,8 @@ class FoldedNetwork:
 
     def _logits(self, features: Tensor) -> Tensor:
         (first, first_bias), (second, second_bias) = self._head
-        hidden = functional.relu_(functional.conv3d(features, first, first_bias))
-        return functional.conv3d(hidden, second, second_bias)
+        hidden = functional.relu_(convolve(features, first, first_bias))
+        return convolve(hidden, second, second_bias)
 
 
 def fold_norm(block: ConvBlock) -> tuple[Tensor, Tensor]:

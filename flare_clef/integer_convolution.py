@@ -105,7 +105,7 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_activation(x: Tensor, largest: float, highest: int) -> Tensor:
-    """Real values from 0 on as uint8, those above ``largest`` as ``highest``; ``x`` is used up."""
+    """Real values as uint8, below 0 as 0, above ``largest`` as ``highest``; ``x`` is used up."""
     return x.mul_(highest / largest).round_().clamp_(0, highest).to(torch.uint8)
 
 

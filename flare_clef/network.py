@@ -111,12 +111,14 @@ class MergeBlock(ConvBlock):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """3x3x3 convolution, padding 1, by oneDNN wherever it can.
+    """Convolution of an odd cube, padded to the same size, by oneDNN wherever it can.
 
     torch leaves fp32 inputs with channels x depth x height <= 20,480 (the one-channel scan,
-    thin slabs) to a plain kernel that first copies every voxel's 27 neighbours: three to seven
-    times slower here, and 27 times the input's memory.
+    thin slabs), and single voxels' kernels where there is one thread, to a plain form that first
+    copies every voxel's neighbours: three to seven times slower here, and for 3x3x3 27 times the
+    input's memory.
     """
+    padding = weight.shape[-1] // 2
     direct = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -124,9 +126,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
     )
     if not direct:
-        return functional.conv3d(x, weight, bias, padding=1)
+        return functional.conv3d(x, weight, bias, padding=padding)
     one = (1, 1, 1)
-    return torch.mkldnn_convolution(x, weight, bias, one, one, one, 1)
+    return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, one, one, 1)
 
 
 def channels_last(volume: Tensor) -> Tensor:

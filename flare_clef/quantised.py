@@ -63,8 +63,8 @@ class _First:
     highest: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = functional.relu_(convolve(x, self.weight, self.bias))
-        return round_activation(out, self.largest, self.highest)
+        # What is below 0 becomes 0 in rounding: there is no ReLU to compute.
+        return round_activation(convolve(x, self.weight, self.bias), self.largest, self.highest)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class QuantisedNetwork(FoldedNetwork):
         hidden = IntegerConvolution.of(
             first.weight.detach(), cast(Tensor, first.bias).detach(), coarse, None, highest
         )
-        logits = second.weight.detach(), cast(Tensor, second.bias).detach()
-        self._hidden, self._last = hidden, logits
+        weight = second.weight.detach().contiguous(memory_format=torch.channels_last_3d)
+        self._hidden, self._last = hidden, (weight, cast(Tensor, second.bias).detach())
 
     def _peak_bytes(self, grid: tuple[int, int, int], slab_slices: int) -> int:
         depth, height, width = grid
@@ -168,7 +168,7 @@ class QuantisedNetwork(FoldedNetwork):
         return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
 
     def _logits(self, features: Tensor) -> Tensor:
-        return functional.conv3d(functional.relu_(self._hidden(features)), *self._last)
+        return convolve(functional.relu_(self._hidden(features)), *self._last)
 
 
 def joined(skip: Tensor, coarse: Tensor, first: int) -> Tensor:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import TINY, lively_network
+from torch.profiler import ProfilerActivity, profile
 
 from flare_clef import inference
 from flare_clef.errors import UserError
@@ -44,6 +45,22 @@ def test_the_full_architecture():
         plain = network(volume[None, None])[0]
     spread = plain.max() - plain.min()
     assert (FoldedNetwork(network, CPU, "fp32")(volume) - plain).abs().max() < 1e-4 * spread
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_with_one_thread_no_convolution_is_left_to_the_plain_form():
+    # torch takes it for 1x1x1 kernels where one thread computes: a quarter of the whole pass.
+    network = FoldedNetwork(lively_network(TINY), CPU, "fp32")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            network(torch.zeros(16, 16, 16))
+    finally:
+        torch.set_num_threads(threads)
+    kinds = {event.key for event in seen.key_averages()}
+    assert "aten::mkldnn_convolution" in kinds
+    assert "aten::slow_conv3d_forward" not in kinds
 
 
 def test_bf16_is_near_fp32():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import TINY
@@ -12,6 +14,7 @@ from flare_clef.network import (
     Architecture,
     MergeBlock,
     SegmentationNetwork,
+    convolve,
     fold_upsampling,
     parameter_count,
 )
@@ -48,6 +51,23 @@ def test_merge_equals_upsample_concatenate_convolve(size: int):
     joined = torch.cat([skip, functional.interpolate(coarse, scale_factor=2)], 1)
     plain = functional.conv3d(joined, block.conv.weight, padding=1)
     assert torch.allclose(block.merge(skip, coarse), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_convolution_equals_the_sum_over_neighbours(side: int, channels: int):
+    torch.manual_seed(side)
+    x = torch.randn(1, channels, 3, 6, 5)
+    weight, bias = torch.randn(4, channels, side, side, side), torch.randn(4)
+    reach = side // 2
+    padded = functional.pad(x, (reach,) * 6).double()
+    expected = bias.double().view(1, 4, 1, 1, 1).expand(1, 4, *x.shape[2:]).clone()
+    for z, y, x_ in product(range(side), repeat=3):
+        part = padded[:, :, z : z + 3, y : y + 6, x_ : x_ + 5]
+        expected += torch.einsum("oi,bizyx->bozyx", weight[:, :, z, y, x_].double(), part)
+    for memory in (torch.contiguous_format, torch.channels_last_3d):
+        found = convolve(x.to(memory_format=memory), weight, bias)
+        assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 def test_output_shape_on_an_anisotropic_grid():
