@@ -4,6 +4,7 @@
     flare-clef train finetune RECIPE.toml --output WITHOUT --data LABELLED
     flare-clef train finetune RECIPE.toml --output WITH --data LABELLED --data NEW
     python benchmarks/self_training.py compare WITHOUT WITH
+    python benchmarks/self_training.py twice WEIGHTS LABELLED --cases NAME [NAME ...]
 
 ``label`` writes a training set (images/, labels/, cases.json) from the scans of the folders,
 labelled in part or not at all; labels by hand stay, also where they say that an organ is not.
@@ -11,7 +12,8 @@ The network looks twice, at the scan as it is and 8 % smaller, and its logits ar
 voxel is left undecided (255) if organs would win or lose it by a logit of ``MARGIN``; an organ
 is named as labelled if ``SURE`` of its voxels are decided; all parts of it but the largest are
 undecided. ``compare`` prints the DSC of two runs' cases kept aside and the paired differences
-with 95 % intervals (bootstrap over the cases).
+with 95 % intervals (bootstrap over the cases). ``twice`` prints the DSC of the cases by one look
+and by the two.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from flare_clef.evaluation_summary import intervals_of_means
 from flare_clef.images import Image, read_image
 from flare_clef.inference import FoldedNetwork
+from flare_clef.metrics import dice_per_organ
 from flare_clef.organs import ORGANS
 from flare_clef.postprocess import keep_largest
 from flare_clef.preparation import prepare
@@ -114,6 +117,30 @@ def label_all(weights: Path, folders: list[Path], output: Path) -> None:
         print(f"{case.name}: {undecided:.1%} undecided; without {', '.join(left_out)}", flush=True)
 
 
+def twice(weights: Path, folder: Path, names: list[str]) -> None:
+    """Does the second look pay by itself, as test-time augmentation?"""
+    loaded = load_weights(weights)
+    network = FoldedNetwork(loaded.network(), torch.device("cpu"), "fp32")
+    print("| case | one look | two |")
+    print("| --- | --- | --- |")
+    rows = []
+    for case in read_dataset(folder).cases:
+        if case.name not in names:
+            continue
+        image, truth = read_image(case.image), read_labels(case).array
+        prepared = prepare(image.array, image.direction, loaded.grid, spacing_mm=image.spacing_mm)
+        assert prepared is not None
+        volume, placement = prepared
+        row = [
+            float(np.mean(list(dice_per_organ(restore(x, placement), truth, case.organs).values())))
+            for x in (network(volume), look_twice(network, volume))
+        ]
+        rows.append(row)
+        print(f"| {case.name} | {row[0]:.3f} | {row[1]:.3f} |", flush=True)
+    once, again = np.mean(rows, axis=0)
+    print(f"| mean | {once:.3f} | {again:.3f} |")
+
+
 def compare(runs: list[Path]) -> None:
     """The last line of each run's validation.jsonl: that of its exported weights."""
     tables = [
@@ -147,6 +174,11 @@ def main() -> None:
     one.add_argument("folders", type=Path, nargs="+")
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(run=lambda o: label_all(o.weights, o.folders, o.output))
+    look = commands.add_parser("twice")
+    look.add_argument("weights", type=Path)
+    look.add_argument("folder", type=Path)
+    look.add_argument("--cases", nargs="+", required=True)
+    look.set_defaults(run=lambda o: twice(o.weights, o.folder, o.cases))
     two = commands.add_parser("compare")
     two.add_argument("runs", type=Path, nargs=2)
     two.set_defaults(run=lambda o: compare(o.runs))
