@@ -99,7 +99,7 @@ def colours(features: list[torch.Tensor], cases: list[PreparedCase]) -> list[np.
 
 
 def draw(path: Path, cases: list[PreparedCase], rows: dict[str, list[torch.Tensor]]) -> None:
-    """For two patients a coronal slice through the liver: the image, then features as colours."""
+    """For two patients a coronal slice through the pancreas: image, then features as colours."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * (1 + len(rows)), 6.4), layout="constrained")

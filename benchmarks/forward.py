@@ -3,7 +3,8 @@
     python benchmarks/forward.py [--grid 192]
 
 Plain: fp32, contiguous, norms live, upsample, concatenate, convolve. Ours: folded, slabs, in
-fp32 and bf16. The share of the matrix-multiplication rate counts the operations really done.
+fp32, bf16 (unless emulated) and 8 bits. The share of the matrix-multiplication rate counts the
+operations really done.
 """
 
 from __future__ import annotations

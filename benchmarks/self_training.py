@@ -11,9 +11,9 @@ labelled in part or not at all; labels by hand stay, also where they say that an
 The network looks twice, at the scan as it is and 8 % smaller, and its logits are averaged. A
 voxel is left undecided (255) if organs would win or lose it by a logit of ``MARGIN``; an organ
 is named as labelled if ``SURE`` of its voxels are decided; all parts of it but the largest are
-undecided. ``compare`` prints the DSC of two runs' cases kept aside and the paired differences
-with 95 % intervals (bootstrap over the cases). ``twice`` prints the DSC of the cases by one look
-and by the two.
+undecided (of the aorta none). ``compare`` prints the DSC of two runs' cases kept aside and the
+paired differences with 95 % intervals (bootstrap over the cases). ``twice`` prints the DSC of the
+cases by one look and by the two.
 """
 
 from __future__ import annotations

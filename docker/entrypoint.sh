@@ -41,6 +41,7 @@ if [ "$status" -eq 137 ]; then
     *) limit="limit: $((limit / 1048576)) MiB" ;;
   esac
   echo "flare-clef: killed, most likely for want of memory ($limit); finished cases are kept:" \
-    "give it more (docker run --memory 4g) and run it again with --skip-existing" >&2
+    "give it more (docker run --memory 4g) and run it again with" \
+    "predict /workspace/inputs /workspace/outputs --skip-existing" >&2
 fi
 exit "$status"
