@@ -1,25 +1,42 @@
 #!/bin/sh
-# Makes docs/images/report.png: the report of a synthetic abdomen (no patient stands behind it)
-# with the phantom's own labels, so that it shows the report and not what the weights can do.
-# Needs the extra "report".
+# Makes docs/images/, all of synthetic abdomens (no patient stands behind them):
+#   report.png   the report, with the phantom's own labels: it shows the report and not what the
+#                weights can do
+#   failure.png  the shipped weights on phantom 1, in the three slices with the most mistakes
+# Needs the extras "report" and "train".
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 flare-clef phantom "$work" --pixel-mm 0.9 --slice-thickness-mm 2
+flare-clef phantom "$work/one" --seed 1
+flare-clef predict "$work/one/images" "$work/found" --precision fp32
 mkdir -p "$here/images"
-python3 - "$work" "$here/images/report.png" <<'PYTHON'
+python3 - "$work" "$here/images" <<'PYTHON'
 import sys
 from pathlib import Path
 
+from flare_clef.images import read_image
 from flare_clef.measurements import measure
+from flare_clef.metrics import dice_per_organ
 from flare_clef.report import write_report
+from flare_clef.training.cases import read_labels
+from flare_clef.training.datasets import read_dataset
+from flare_clef.training.overlays import write_overlays
 from flare_clef.view import read_pair
 
-work, picture = map(Path, sys.argv[1:])
+work, pictures = map(Path, sys.argv[1:])
 scan = work / "images" / "phantom_0_0000.nii.gz"
 image, labels = read_pair(scan, work / "labels" / "phantom_0.nii.gz")
 case = measure("phantom_0", labels, image)
 _, made = write_report(work / "phantom_0", labels, image, case, scan)
-made.replace(picture)
+made.replace(pictures / "report.png")
+
+(one,) = read_dataset(work / "one").cases
+reference = read_labels(one).array
+_, found = read_pair(one.image, work / "found" / f"{one.name}.nii.gz")
+scores = dice_per_organ(found, reference, one.organs)
+write_overlays(
+    pictures / "failure.png", one, read_image(one.image), found, reference, scores=scores
+)
 PYTHON

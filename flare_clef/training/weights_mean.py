@@ -7,6 +7,7 @@ Robust fine-tuning of zero-shot models, CVPR 2022). Inference costs what it did.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def take_mean(network: SegmentationNetwork, others: Sequence[Weights]) -> None:
     """
     own = network.state_dict()
     for count, weights in enumerate(others, start=2):
-        other = weights.network()
+        other = copy.deepcopy(weights.network())  # which may share its tensors with the file's
         points: dict[str, float] = weights.record.get("operating_points") or {}
         move(other, -np.array([points.get(organ.name, 0.0) for organ in ORGANS]))
         for name, tensor in other.state_dict().items():
