@@ -137,6 +137,8 @@ def twice(weights: Path, folder: Path, names: list[str]) -> None:
         ]
         rows.append(row)
         print(f"| {case.name} | {row[0]:.3f} | {row[1]:.3f} |", flush=True)
+    if not rows:
+        raise SystemExit(f"{folder}: none of {', '.join(names)} is there")
     once, again = np.mean(rows, axis=0)
     print(f"| mean | {once:.3f} | {again:.3f} |")
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes docs/images/, all of synthetic abdomens (no patient stands behind them):
+# Makes two pictures of docs/images/, of synthetic abdomens (no patient stands behind them):
 #   report.png   the report, with the phantom's own labels: it shows the report and not what the
 #                weights can do
 #   failure.png  the shipped weights on phantom 1, in the three slices with the most mistakes

@@ -49,7 +49,7 @@ def test_the_full_architecture():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_with_one_thread_no_convolution_is_left_to_the_plain_form():
-    # torch takes it for 1x1x1 kernels where one thread computes: a quarter of the whole pass.
+    # torch takes it for 1x1x1 kernels where one thread computes: 7 % of a pass.
     network = FoldedNetwork(lively_network(TINY), CPU, "fp32")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

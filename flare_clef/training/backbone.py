@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork, UNet
-from flare_clef.weights import load_weights
+from flare_clef.weights import Weights, load_weights
 
 BACKBONE = "backbone.safetensors"
 _FORMAT = "flare-clef-backbone"
@@ -32,6 +32,20 @@ def save_backbone(path: Path, backbone: UNet, architecture: Architecture) -> Non
         temporary.unlink(missing_ok=True)
 
 
+def load_fitting(path: Path, architecture: Architecture, remedy: str) -> Weights:
+    """A weights file whose network is ``architecture``.
+
+    Raises UserError, one line, where it cannot be read or has another network; it ends with
+    ``remedy``.
+    """
+    weights = load_weights(path)
+    if weights.architecture != architecture:
+        raise UserError(
+            f"{path}: its network is {weights.architecture}, the recipe's {architecture}; {remedy}"
+        )
+    return weights
+
+
 def load_start(path: Path, architecture: Architecture) -> SegmentationNetwork | UNet:
     """The backbone (or the whole network, from a weights file) that fine-tuning begins with.
 
@@ -44,13 +58,7 @@ def load_start(path: Path, architecture: Architecture) -> SegmentationNetwork | 
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name a .safetensors file") from None
     if metadata.get("format") != _FORMAT:
-        weights = load_weights(path)
-        if weights.architecture != architecture:
-            raise UserError(
-                f"{path}: its network is {weights.architecture}, the recipe's {architecture}; "
-                "make [network] the same"
-            )
-        return weights.network()
+        return load_fitting(path, architecture, "make [network] the same").network()
     if json.loads(metadata["architecture"]) != json.loads(json.dumps(asdict(architecture))):
         raise UserError(
             f"{path}: its architecture is {metadata['architecture']}; make [network] the same"

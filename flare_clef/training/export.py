@@ -37,9 +37,9 @@ def export(
     """Writes ``network`` with the record of how it was made and what it reached.
 
     ``description`` is the run's (:func:`flare_clef.training.provenance.describe`), ``table``
-    the trainer's validation, ``mean_with`` the records of weights that ``network`` is the mean
-    with. Raises UserError, and writes nothing, where ``predict`` with the
-    file does not repeat that table on the first case kept aside.
+    the trainer's validation, ``mean_with`` the records of the other weights of which ``network``
+    is the mean. Raises UserError, and writes nothing, where ``predict`` with the file does not
+    repeat that table on the first case kept aside.
     """
     recipe = without_places(description["recipe"])
     seen: dict[str, str] = {}

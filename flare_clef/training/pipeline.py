@@ -207,6 +207,7 @@ def _move_to_operating_points(
 
 
 def _others(run: Run) -> list[Weights]:
+    """The weights of ``export.mean_with``; raises UserError where one does not fit the recipe."""
     files = [run.base / name for name in run.recipe.export.mean_with]
     return load_others(files, run.recipe.network)
 

@@ -7,32 +7,22 @@ Robust fine-tuning of zero-shot models, CVPR 2022). Inference costs what it did.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork
 from flare_clef.organs import ORGANS
+from flare_clef.training.backbone import load_fitting
 from flare_clef.training.operating_points import move
-from flare_clef.weights import Weights, load_weights
+from flare_clef.weights import Weights
 
 
 def load_others(paths: Sequence[Path], architecture: Architecture) -> list[Weights]:
     """Weights files that fit ``architecture``; raises UserError, one line, where one doesn't."""
-    others = []
-    for path in paths:
-        weights = load_weights(path)
-        if weights.architecture != architecture:
-            raise UserError(
-                f"{path}: its network is {weights.architecture}, the recipe's {architecture}; "
-                "take it out of export.mean_with"
-            )
-        others.append(weights)
-    return others
+    return [load_fitting(path, architecture, "take it out of export.mean_with") for path in paths]
 
 
 @torch.no_grad()
@@ -44,7 +34,7 @@ def take_mean(network: SegmentationNetwork, others: Sequence[Weights]) -> None:
     """
     own = network.state_dict()
     for count, weights in enumerate(others, start=2):
-        other = copy.deepcopy(weights.network())  # which may share its tensors with the file's
+        other = weights.network()
         points: dict[str, float] = weights.record.get("operating_points") or {}
         move(other, -np.array([points.get(organ.name, 0.0) for organ in ORGANS]))
         for name, tensor in other.state_dict().items():
