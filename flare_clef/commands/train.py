@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flare_clef.commands.train_bend import bend
 from flare_clef.commands.train_prepare import prepare
 from flare_clef.commands.train_propagate import propagate
 
@@ -36,6 +37,7 @@ train = typer.Typer(
 )
 train.command()(prepare)
 train.command()(propagate)
+train.command()(bend)
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.", show_default=False)

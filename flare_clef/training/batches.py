@@ -20,7 +20,7 @@ from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]:
     """Cases in the order in which steps see them: each in turn, every round in a new order."""
     generator = torch.Generator().manual_seed(plan.seed)
-    weights = torch.tensor([plan.repeats.get(c.case.name, 1.0) for c in cases])
+    weights = torch.tensor([plan.repeats_of(c.case.name) for c in cases])
     if not weights.any():
         raise UserError("finetune.repeats: 0 for every case; name at least one with more")
     order: list[int] = []

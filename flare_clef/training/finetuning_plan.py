@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from flare_clef.training.augmentation import AugmentationSettings
 
@@ -46,7 +47,8 @@ class FinetuningPlan:
     ce_share: float = 1.0
     dice_share: float = 1.0
     repeats: dict[str, float] = field(default_factory=dict)
-    """How often a case is drawn, relative to 1 for those not named."""
+    """How often a case is drawn, relative to 1 for those not named. A name or a pattern, as
+    ``*_as_*``; a case's own name goes before patterns, the first of these before the others."""
     start: str = ""
     """A weights file to start from, relative to the recipe; empty: random weights."""
     batch: int = 1
@@ -59,6 +61,12 @@ class FinetuningPlan:
     """Largest norm of the gradient; 0: none."""
     activation_checkpointing: bool = False
     """Less memory, a third more time, the same result."""
+
+    def repeats_of(self, case: str) -> float:
+        """How often ``case`` is drawn, see ``repeats``."""
+        if case in self.repeats:
+            return self.repeats[case]
+        return next((n for name, n in self.repeats.items() if fnmatchcase(case, name)), 1.0)
 
     def for_cases(self, count: int) -> FinetuningPlan:
         """The plan with ``epochs`` of ``count`` cases turned into steps."""

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import read_image
+from flare_clef.images import Image, read_image
 from flare_clef.organs import ORGANS
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.writing import labels_to_sitk
@@ -39,8 +39,8 @@ class Grid:
     spacing_mm: float
 
     def image(self, array: np.ndarray) -> sitk.Image:
-        """``array`` (z, y, x) as a SimpleITK image that lies on this grid."""
-        image = sitk.GetImageFromArray(array)
+        """``array`` (z, y, x), or (z, y, x, 3) of vectors, as a SimpleITK image on this grid."""
+        image = sitk.GetImageFromArray(array, isVector=array.ndim == 4)
         image.SetOrigin(self.origin_mm)
         image.SetSpacing((self.spacing_mm,) * 3)
         return image
@@ -95,9 +95,20 @@ def load_organ_maps(path: Path, spacing_mm: float) -> OrganMaps:
             f"{path}: holds the value {odd.flat[0]:g}; only 0 to {len(ORGANS)} name organs here; "
             "translate its labels first"
         )
-    array[array == UNDECIDED] = 0
+    try:
+        return organ_maps_of(array, image, spacing_mm)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def organ_maps_of(array: np.ndarray, image: Image, spacing_mm: float) -> OrganMaps:
+    """The organs of ``array`` (z, y, x; 0 to 13 or ``UNDECIDED``) on the grid of ``image``.
+
+    Raises UserError where no voxel is labelled.
+    """
+    array = np.where(array == UNDECIDED, 0, array)
     if not array.any():
-        raise UserError(f"{path}: no voxel is labelled; leave it out or label it")
+        raise UserError("no voxel is labelled; leave it out or label it")
     labels = sitk.DICOMOrient(labels_to_sitk(array, image), "LPS")
     spacing, size = np.array(labels.GetSpacing()), np.array(labels.GetSize())
     corners = np.array(
@@ -222,13 +233,34 @@ def warp(atlas: OrganMaps, organ: int, grid: Grid, transform: sitk.Transform) ->
     return sitk.GetArrayFromImage(moved) / np.float32(255)
 
 
-def _distances(share: np.ndarray, grid: Grid) -> np.ndarray:
+def distances(share: np.ndarray, grid: Grid, clip_mm: float) -> np.ndarray:
     """Distance to the surface of {share > 1/2}, positive inside, clipped, scaled to (-1, 1)."""
     image = grid.image((share > 0.5).astype(np.uint8))
     distance = sitk.SignedMaurerDistanceMap(
         image, insideIsPositive=True, squaredDistance=False, useImageSpacing=True
     )
-    return np.clip(sitk.GetArrayFromImage(distance), -_CLIP_MM, _CLIP_MM) / _CLIP_MM
+    return np.clip(sitk.GetArrayFromImage(distance), -clip_mm, clip_mm) / clip_mm
+
+
+def demons_field(fixed: np.ndarray, moving: np.ndarray, grid: Grid, rounds: int) -> sitk.Image:
+    """Displacements in mm on ``grid`` that lay ``moving`` over ``fixed``, each (maps, z, y, x).
+
+    The library's demons see one image at a time, so each round shows them the maps summed
+    with other signs: what looks alike in one round differs in the next.
+    """
+    generator = np.random.default_rng(0)
+    field = grid.image(np.zeros((*grid.shape, 3)))
+    for _ in range(rounds):
+        signs = generator.choice([-1.0, 1.0], len(fixed))
+        demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
+        demons.SetNumberOfIterations(_STEPS_A_ROUND)
+        demons.SetSmoothDisplacementField(True)
+        demons.SetStandardDeviations(_SMOOTHING_VOXELS)
+        images = [
+            grid.image(np.tensordot(signs, maps, 1).astype(np.float32)) for maps in (fixed, moving)
+        ]
+        field = demons.Execute(*images, field)
+    return field
 
 
 def deformable_map(
@@ -239,23 +271,10 @@ def deformable_map(
 ) -> sitk.Transform:
     """Refines ``affine`` until the organs of ``atlas`` lie on those of ``target``.
 
-    ``target`` holds the organs' shares (z, y, x) on ``grid``, 0 to 1. The library's demons
-    see one image at a time, so each round shows them the organs' distance maps summed with
-    other signs: what looks alike in one round differs in the next.
+    ``target`` holds the organs' shares (z, y, x) on ``grid``, 0 to 1.
     """
-    fixed = np.array([_distances(share, grid) for share in target.values()])
-    moving = np.array([_distances(warp(atlas, k, grid, affine), grid) for k in target])
-    generator = np.random.default_rng(0)
-    field = None
-    for _ in range(_ROUNDS):
-        signs = generator.choice([-1.0, 1.0], len(target))
-        demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
-        demons.SetNumberOfIterations(_STEPS_A_ROUND)
-        demons.SetSmoothDisplacementField(True)
-        demons.SetStandardDeviations(_SMOOTHING_VOXELS)
-        images = [
-            grid.image(np.tensordot(signs, maps, 1).astype(np.float32)) for maps in (fixed, moving)
-        ]
-        field = demons.Execute(*images, field) if field is not None else demons.Execute(*images)
+    fixed = [distances(share, grid, _CLIP_MM) for share in target.values()]
+    moving = [distances(warp(atlas, k, grid, affine), grid, _CLIP_MM) for k in target]
+    field = demons_field(np.array(fixed), np.array(moving), grid, _ROUNDS)
     moved = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
     return sitk.CompositeTransform([affine, moved])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,8 @@ def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
         raise UserError(
             f"data.validation keeps all {len(cases)} labelled case(s) aside; leave some to train on"
         )
-    unknown = sorted(set(run.recipe.finetune.repeats) - {case.name for case in cases})
+    names = [case.name for case in cases]
+    unknown = sorted(p for p in run.recipe.finetune.repeats if not fnmatch.filter(names, p))
     if unknown:
         run.say(f"warning: finetune.repeats: no case of this name: {', '.join(unknown)}")
     return trained, [case for case in cases if case.name in aside]

@@ -27,8 +27,8 @@ from flare_clef.training.neighbourhood import LEAST_ATLASES, Learnt
 SPACING_MM = 4.0
 PARTS = 4
 """So many networks learn, each from all atlases but one part."""
-_WORKER_LOST = (
-    "propagate: a process of the pool was ended from outside, most likely for want of memory; "
+WORKER_LOST = (
+    "a process of the pool was ended from outside, most likely for want of memory; "
     "run the same command again with fewer --workers"
 )
 
@@ -37,7 +37,7 @@ def _others(target: str, atlases: dict[str, Path]) -> list[str]:
     return [name for name in sorted(atlases) if name != target]
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a worker: a parent that a signal ends at once cannot end its workers."""
 
     def watch() -> None:
@@ -75,7 +75,7 @@ class Workshop:
         self.store = store
         self._tell = on_done or (lambda what: None)
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, spawn, _end_with_parent)
+        self._pool = ProcessPoolExecutor(workers, spawn, end_with_parent)
 
     def __enter__(self) -> Workshop:
         return self
@@ -87,7 +87,7 @@ class Workshop:
         try:
             return self._pool.submit(work, *arguments)
         except BrokenExecutor:
-            raise UserError(_WORKER_LOST) from None
+            raise UserError(f"propagate: {WORKER_LOST}") from None
 
     def _gather(
         self, work: dict[Future[Path], Any], what: str
@@ -101,7 +101,7 @@ class Workshop:
             except UserError as error:
                 failed[key] = str(error)
             except BrokenExecutor:
-                raise UserError(_WORKER_LOST) from None
+                raise UserError(f"propagate: {WORKER_LOST}") from None
             except RuntimeError as error:
                 failed[key] = f"{what} failed ({str(error).splitlines()[-1].strip()})"
             self._tell(what)

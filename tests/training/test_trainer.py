@@ -146,6 +146,14 @@ def test_every_case_in_turn_and_repeats(prepared):
     assert [order.count(k) for k in range(3)] == [40, 20, 40]
 
 
+def test_repeats_by_pattern(prepared):
+    """A case's own name goes before patterns, an earlier pattern before a later one."""
+    repeats = {"c*": 0.25, "c1": 0.5, "*2": 0.1}
+    plan = FinetuningPlan(stages=(Stage(32, 100, (1, 1)),), repeats=repeats)
+    assert [plan.repeats_of(name) for name in ("c1", "c2", "d2", "d1")] == [0.5, 0.25, 0.1, 1]
+    assert [draw_order(plan, prepared).count(k) for k in range(3)] == [25, 50, 25]
+
+
 def test_augmentation_moves_image_and_labels_alike():
     """A bright ball and its label stay on each other, whatever the deformation."""
     z, y, x = torch.meshgrid(*[torch.linspace(-1, 1, 48)] * 3, indexing="ij")

@@ -1,0 +1,141 @@
+"""A training set of bent scans: which scan takes whose shapes, and what is written.
+
+``images/``, ``labels/``, ``cases.json`` and, for cases of ``train propagate``,
+``probabilities/``: what ``train`` reads. :mod:`flare_clef.training.bending` does the bending.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk
+
+from flare_clef.errors import UserError
+from flare_clef.images import read_image
+from flare_clef.organs import ORGAN_BY_NAME
+from flare_clef.paths import check_writable
+from flare_clef.scan_files import strip_suffix
+from flare_clef.training.bending import SPACING_MM, bend_towards, bent
+from flare_clef.training.cases import Case, check_pair, read_labels
+from flare_clef.training.propagation import find_atlases
+from flare_clef.training.registration import load_organ_maps, organ_maps_of
+from flare_clef.training.workshop import WORKER_LOST, end_with_parent
+from flare_clef.writing import write_bytes, write_labels, write_scan
+
+
+@dataclass
+class BentSet:
+    """What became of a run."""
+
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Entries of ``cases.json`` by name."""
+    overlaps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """DSC of the organs and those of the label map, before and after, by name."""
+    problems: list[str] = field(default_factory=list)
+
+
+def pairs_of(maps: Sequence[Path], cases: Sequence[Case], count: int) -> list[tuple[Path, Case]]:
+    """``count`` pairs: maps and cases in turn, no pair twice before all were there once."""
+    # Pairs repeat after their least common multiple: from then on cases are one further.
+    period = math.lcm(len(maps), len(cases))
+    return [
+        (maps[k % len(maps)], cases[(k + k // period) % len(cases)])
+        for k in range(min(count, len(maps) * len(cases)))
+    ]
+
+
+def name_of(case: Case, label_map: Path) -> str:
+    """``CASE_as_MAP``."""
+    return f"{case.name}_as_{strip_suffix(label_map.name)[0]}"
+
+
+def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
+    """Writes ``case`` in the shapes of ``label_map`` under ``output``; DSC before and after.
+
+    Raises UserError, one line.
+    """
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    scan, labels = read_image(case.image), read_labels(case)
+    check_pair(case, scan, labels)
+    other = load_organ_maps(label_map, SPACING_MM)
+    # What was propagated is undecided in part: it has no shape of its own.
+    array = labels.array.copy()
+    if case.propagated:
+        array[array == ORGAN_BY_NAME[case.propagated].index] = 0
+    try:
+        own = organ_maps_of(array, labels, SPACING_MM)
+    except UserError as error:
+        raise UserError(f"{case.labels}: {error}") from None
+    try:
+        bend = bend_towards(own, other)
+    except UserError as error:
+        raise UserError(f"{label_map} over {case.name}: {error}") from None
+    name = name_of(case, label_map)
+    if case.chances is not None:
+        chance = read_image(case.chances)
+        write_labels(
+            bent(chance, bend, labels=False),
+            chance,
+            output / "probabilities" / f"{name}.nii.gz",
+            named=False,
+        )
+    moved = replace(scan, array=bent(scan, bend, labels=False))
+    write_scan(moved, output / "images" / f"{name}_0000.nii.gz")
+    write_labels(bent(labels, bend, labels=True), labels, output / "labels" / f"{name}.nii.gz")
+    return bend.dsc_before, bend.dsc_after
+
+
+def bend_all(
+    maps: Path,
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    count: int | None = None,
+    workers: int = 1,
+    on_done: Callable[[str, float, float], None] = lambda name, before, after: None,
+) -> BentSet:
+    """Writes ``count`` bent scans (as many as label maps by default) to ``output``.
+
+    A bad map or case is a line of ``problems``; the rest is done. Raises UserError where
+    nothing can be done at all. ``on_done`` is told the name and both DSC.
+    """
+    files = find_atlases(maps)
+    labelled = [case for case in cases if case.labels is not None]
+    if not labelled:
+        raise UserError("no cases with labels; name a training set with --cases")
+    if any((output / kind).exists() for kind in ("images", "labels")):
+        raise UserError(f"{output}: holds images/ or labels/ already; name another folder")
+    check_writable(output)
+    result = BentSet()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
+        pairs = pairs_of(files, labelled, count or len(files))
+        work = {pool.submit(bend_one, one, case, output): (one, case) for one, case in pairs}
+        for future in as_completed(work):
+            label_map, case = work[future]
+            name = name_of(case, label_map)
+            try:
+                result.overlaps[name] = future.result()
+            except UserError as error:
+                result.problems.append(f"{error}; left out")
+            except BrokenExecutor:
+                raise UserError(f"bend: {WORKER_LOST}") from None
+            else:
+                on_done(name, *result.overlaps[name])
+    for label_map, case in pairs:
+        name = name_of(case, label_map)
+        if name in result.overlaps:
+            shapes = strip_suffix(label_map.name)[0]
+            source = f"{case.source or case.name}; bent to the shapes of {shapes}"
+            result.cases[name] = {"organs": list(case.organs), "source": source}
+            if case.propagated:
+                result.cases[name]["propagated"] = [case.propagated]
+    write_bytes(output / "cases.json", json.dumps(result.cases, indent=1).encode())
+    return result

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from bodies import body_labels, write_training_set, write_volume
+from typer.testing import CliRunner
+
+from flare_clef.cli import app
+from flare_clef.errors import UserError
+from flare_clef.images import image_from_array, read_image
+from flare_clef.organs import ORGAN_BY_INDEX
+from flare_clef.training.bending import SPACING_MM, bend_towards, bent
+from flare_clef.training.bent_sets import pairs_of
+from flare_clef.training.cases import Case, prepare_case
+from flare_clef.training.datasets import read_dataset
+from flare_clef.training.doubt import UNDECIDED
+from flare_clef.training.registration import OrganMaps, organ_maps_of
+
+ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 12, 13)]
+
+
+def _image(array: np.ndarray):  # type: ignore[no-untyped-def]
+    return image_from_array(array, (4.0, 4.0, 4.0), (-100.0, -80.0, 30.0), np.eye(3).ravel())
+
+
+def _maps(labels: np.ndarray) -> OrganMaps:
+    return organ_maps_of(labels, _image(labels), SPACING_MM)
+
+
+def test_organs_take_the_other_bodys_shapes_and_nothing_folds() -> None:
+    bend = bend_towards(_maps(body_labels(0)), _maps(body_labels(3)))
+    assert bend.dsc_after > max(0.85, bend.dsc_before + 0.05)
+    field = bend.transform.GetDisplacementField()
+    squeezed = sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(field))
+    assert 0.05 <= squeezed.min() < 1 < squeezed.max()
+    edge = sitk.GetArrayFromImage(field)
+    assert not edge[0].any() and not edge[:, -1].any() and not edge[:, :, 0].any()
+
+
+def test_towards_itself_nothing_moves() -> None:
+    bend = bend_towards(_maps(body_labels(0)), _maps(body_labels(0)))
+    assert np.abs(sitk.GetArrayFromImage(bend.transform.GetDisplacementField())).max() < 0.5
+    assert bend.dsc_before == pytest.approx(1, abs=0.02)
+    labels = body_labels(0)
+    assert (bent(_image(labels), bend, labels=True) == labels).mean() > 0.999
+
+
+def test_every_voxel_comes_from_where_the_transform_says() -> None:
+    """By hand, voxel by voxel; image and labels from the same place."""
+    labels = body_labels(0)
+    scan = np.random.default_rng(0).integers(-200, 300, labels.shape).astype(np.int16)
+    bend = bend_towards(_maps(labels), _maps(body_labels(3)))
+    moved_labels = bent(_image(labels), bend, labels=True)
+    moved_scan = bent(_image(scan), bend, labels=False)
+    assert moved_labels.dtype == np.uint8 and moved_scan.dtype == np.int16
+    origin = np.array([-100.0, -80.0, 30.0])
+    changed = 0
+    for z, y, x in np.random.default_rng(1).integers(4, 40, (200, 3)):
+        here = origin + 4 * np.array([x, y, z])
+        place = (np.array(bend.transform.TransformPoint(here.tolist())) - origin)[::-1] / 4
+        low = np.floor(place).astype(int)
+        nearest = np.floor(place + 0.5).astype(int)
+        if np.abs(place + 0.5 - np.round(place + 0.5)).min() > 1e-3:
+            assert moved_labels[z, y, x] == labels[tuple(nearest)]
+        share = place - low
+        value = sum(
+            np.prod([share[a] if corner[a] else 1 - share[a] for a in range(3)])
+            * scan[tuple(low + corner)]
+            for corner in np.ndindex(2, 2, 2)
+        )
+        assert abs(moved_scan[z, y, x] - value) <= 1
+        changed += bool(np.abs(place - [z, y, x]).max() > 0.5)
+    assert changed > 20
+
+
+def test_beyond_the_scan_its_nearest_voxel_is_taken() -> None:
+    labels = body_labels(0)
+    bend = bend_towards(_maps(labels), _maps(body_labels(3)))
+    constant = np.full(labels.shape, 40, np.int16)
+    np.testing.assert_array_equal(bent(_image(constant), bend, labels=False), constant)
+
+
+def test_heights_that_one_volume_lacks_have_no_say() -> None:
+    """Half of the other body is missing: what is bent there is not squeezed out of the way."""
+    labels, half = body_labels(0), body_labels(0)[:24]
+    bend = bend_towards(_maps(labels), _maps(half))
+    moved = bent(_image(labels), bend, labels=True)
+    for organ in (1, 11):  # both reach far beyond the cut
+        assert (moved == organ).sum() == pytest.approx((labels == organ).sum(), rel=0.1)
+
+
+def test_too_few_common_organs() -> None:
+    few = np.where(body_labels(1) == 1, 1, 0).astype(np.uint8)
+    with pytest.raises(UserError, match=r"only 1 organ\(s\) in common"):
+        bend_towards(_maps(body_labels(0)), _maps(few))
+
+
+def test_pairs_take_turns_and_none_comes_twice() -> None:
+    maps = [Path("a.nii.gz"), Path("b.nii.gz")]
+    cases = [Case(name, Path(name), Path(name), ()) for name in "xyz"]
+    found = [(path.name[0], case.name) for path, case in pairs_of(maps, cases, 5)]
+    assert found == [("a", "x"), ("b", "y"), ("a", "z"), ("b", "x"), ("a", "y")]
+    for among in (cases, cases[:2], cases[:1]):
+        every = pairs_of(maps, among, 99)
+        assert len(every) == len(set(every)) == 2 * len(among)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Two maps and a bad one over two cases, one of which has a propagated duodenum."""
+    folder = tmp_path_factory.mktemp("bending")
+    for seed in (3, 4):
+        write_volume(folder / "maps" / f"m{seed}.nii.gz", body_labels(seed), seed == 4)
+    write_volume(folder / "maps" / "odd.nii.gz", np.full((9, 9, 9), 77, np.uint8))
+    doubtful = body_labels(0)
+    doubtful[(doubtful == 12) & (np.arange(doubtful.shape[0])[:, None, None] < 15)] = UNDECIDED
+    write_training_set(
+        folder / "cases", {"p": doubtful, "q": body_labels(8)}, {"p": ORGANS, "q": ORGANS}
+    )
+    chance = np.where(body_labels(0) == 12, 200, 0).astype(np.uint8)
+    write_volume(folder / "cases" / "probabilities" / "p.nii.gz", chance)
+    entries = json.loads((folder / "cases" / "cases.json").read_text())
+    entries["p"] |= {"propagated": ["duodenum"], "source": "made up"}
+    (folder / "cases" / "cases.json").write_text(json.dumps(entries))
+    command = [
+        *("train", "bend", "--shapes", str(folder / "maps"), "--workers", "2"),
+        *("--cases", str(folder / "cases"), "--output", str(folder / "out"), "--count", "4"),
+    ]
+    return folder, command, CliRunner().invoke(app, command)
+
+
+def test_the_rest_is_done_beside_a_bad_label_map(run) -> None:  # type: ignore[no-untyped-def]
+    folder, _, result = run
+    assert result.exit_code == 1
+    assert "odd.nii.gz: holds the value 77" in result.output
+    assert "3 scan(s) bent, 1 problem(s)" in result.output
+    names = sorted(case.name for case in read_dataset(folder / "out").cases)
+    assert names == ["p_as_m3", "q_as_m3", "q_as_m4"]
+
+
+def test_what_is_written_is_a_training_set(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, _, _ = run
+    cases = {case.name: case for case in read_dataset(folder / "out").cases}
+    doubtful = cases["p_as_m3"]
+    assert doubtful.propagated == "duodenum" and doubtful.chances is not None
+    assert doubtful.source == "made up; bent to the shapes of m3"
+    assert cases["q_as_m4"].source == "q; bent to the shapes of m4"
+    assert not cases["q_as_m4"].propagated
+    for case in cases.values():
+        prepare_case(case, tmp_path / "store", 32)
+    assert doubtful.labels is not None
+    labels, chance = read_image(doubtful.labels).array, read_image(doubtful.chances).array
+    duodenum = (labels == 12) | (labels == UNDECIDED)
+    assert UNDECIDED in labels and (chance[duodenum] > 60).mean() > 0.95
+    assert (chance[(labels != 12) & (labels != UNDECIDED)] < 140).mean() > 0.99
+
+
+def test_a_filled_output_is_refused(run) -> None:  # type: ignore[no-untyped-def]
+    _, command, _ = run
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1
+    assert "holds images/ or labels/ already" in str(again.exception)
+
+
+def test_no_labelled_case(tmp_path: Path) -> None:
+    write_volume(tmp_path / "maps" / "m.nii.gz", body_labels(1))
+    write_volume(tmp_path / "scans" / "a_0000.nii.gz", np.full((9, 9, 9), 40, np.int16))
+    command = ["train", "bend", "--shapes", str(tmp_path / "maps"), "--cases"]
+    result = CliRunner().invoke(
+        app, [*command, str(tmp_path / "scans"), "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1 and "no cases with labels" in str(result.exception)
+    assert not (tmp_path / "out").exists()
