@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
+from flare_clef.training.contents import fill_organs
 from flare_clef.training.doubt import CLASSES
 from flare_clef.training.resampling import AIR, WHOLE, resample
 from flare_clef.training.short_pieces import draw_piece
@@ -63,6 +64,8 @@ class AugmentationSettings:
     """Standard deviation of that change, as between phases of contrast."""
     filling_hu: float = 80.0
     """The same for organs with contents: gallbladder, esophagus, stomach, duodenum."""
+    contents_probability: float = 0.0
+    """How often gallbladder and stomach, each, get stones, a layer or other contents."""
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -317,5 +320,7 @@ def augment(
     if settings is not None:
         if settings.organ_probability:
             image = change_organs(image, labels, settings, generator)
+        if settings.contents_probability:
+            image = fill_organs(image, labels, settings.contents_probability, generator)
         image = change_intensities(image, settings, generator)
     return image, labels
