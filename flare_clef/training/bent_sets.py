@@ -111,7 +111,9 @@ def bend_all(
     if not labelled:
         raise UserError("no cases with labels; name a training set with --cases")
     if any((output / kind).exists() for kind in ("images", "labels")):
-        raise UserError(f"{output}: holds images/ or labels/ already; name another folder")
+        raise UserError(
+            f"{output}: holds images/ or labels/ already; remove it or name another folder"
+        )
     check_writable(output)
     result = BentSet()
     spawn = multiprocessing.get_context("spawn")
@@ -124,7 +126,9 @@ def bend_all(
             try:
                 result.overlaps[name] = future.result()
             except UserError as error:
-                result.problems.append(f"{error}; left out")
+                line = f"{error}; left out"
+                if line not in result.problems:  # a bad file is met in every pair
+                    result.problems.append(line)
             except BrokenExecutor:
                 raise UserError(f"bend: {WORKER_LOST}") from None
             else:

@@ -14,7 +14,7 @@ from flare_clef.errors import UserError
 from flare_clef.images import image_from_array, read_image
 from flare_clef.organs import ORGAN_BY_INDEX
 from flare_clef.training.bending import SPACING_MM, bend_towards, bent
-from flare_clef.training.bent_sets import pairs_of
+from flare_clef.training.bent_sets import bend_all, pairs_of
 from flare_clef.training.cases import Case, prepare_case
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
@@ -164,6 +164,29 @@ def test_a_filled_output_is_refused(run) -> None:  # type: ignore[no-untyped-def
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1
     assert "holds images/ or labels/ already" in str(again.exception)
+
+
+def test_labels_numbered_otherwise_and_a_bad_case_named_once(tmp_path: Path) -> None:
+    """nnU-Net's layout with our numbers the other way round, beside a case without a label."""
+    ours = body_labels(0)
+    theirs = np.where(ours > 0, 14 - ours, 0).astype(np.uint8)
+    for name, labels in (("a", theirs), ("void", np.zeros_like(theirs))):
+        scan = np.full(ours.shape, 40, np.int16)
+        write_volume(tmp_path / "set" / "imagesTr" / f"{name}_0000.nii.gz", scan)
+        write_volume(tmp_path / "set" / "labelsTr" / f"{name}.nii.gz", labels)
+    numbers = {ORGAN_BY_INDEX[k].name: 14 - k for k in range(1, 14)}
+    listed = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **numbers}}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(listed))
+    for seed in (3, 4):
+        write_volume(tmp_path / "maps" / f"m{seed}.nii.gz", body_labels(seed))
+    result = bend_all(
+        tmp_path / "maps", read_dataset(tmp_path / "set").cases, tmp_path / "out", count=4
+    )
+    assert list(result.cases) == ["a_as_m3", "a_as_m4"]
+    assert len(result.problems) == 1 and "void.nii.gz: no voxel is labelled" in result.problems[0]
+    moved = read_image(tmp_path / "out" / "labels" / "a_as_m3.nii.gz").array
+    bend = bend_towards(_maps(ours), _maps(body_labels(3)))
+    np.testing.assert_array_equal(moved, bent(_image(ours), bend, labels=True))
 
 
 def test_no_labelled_case(tmp_path: Path) -> None:
