@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.commands.train_options import NewSet, Quiet, Workers, check_elsewhere
+from flare_clef.errors import EXIT_FAILED
 
 
 def bend(
@@ -21,12 +22,7 @@ def bend(
             metavar="DIR", show_default=False, help="The labelled scans to bend: a training set."
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", show_default=False, help="The new training set."
-        ),
-    ],
+    output: NewSet,
     count: Annotated[
         int | None,
         typer.Option(
@@ -35,11 +31,8 @@ def bend(
             show_default=False,
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Scans at once; by default the usable cores.", show_default=False),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what is wrong.")] = False,
+    workers: Workers = None,
+    quiet: Quiet = False,
 ) -> None:
     """Bend labelled scans until their organs have the shapes that label maps show.
 
@@ -52,8 +45,7 @@ def bend(
     from flare_clef.training.datasets import read_dataset
 
     dataset = read_dataset(cases)
-    if output.resolve() == cases.resolve():
-        raise UserError(f"--output {output}: holds the cases themselves; name another folder")
+    check_elsewhere(output, cases)
 
     def done(name: str, before: float, after: float) -> None:
         if not quiet:

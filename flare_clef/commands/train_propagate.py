@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flare_clef.errors import EXIT_FAILED, UsageError, UserError
+from flare_clef.commands.train_options import NewSet, Quiet, Workers, check_elsewhere
+from flare_clef.errors import EXIT_FAILED, UsageError
 
 
 def propagate(
@@ -26,17 +27,9 @@ def propagate(
     organ: Annotated[
         str, typer.Option(metavar="NAME", show_default=False, help="The organ, as duodenum.")
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", show_default=False, help="The new training set."
-        ),
-    ],
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pairs at once; by default the usable cores.", show_default=False),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what is wrong.")] = False,
+    output: NewSet,
+    workers: Workers = None,
+    quiet: Quiet = False,
 ) -> None:
     """Label an organ by label maps of other people: certain, ruled out or undecided voxels.
 
@@ -52,8 +45,7 @@ def propagate(
     if organ not in ORGAN_BY_NAME:
         raise UsageError(f"--organ {organ}: not an organ; one of {', '.join(ORGAN_BY_NAME)}")
     dataset = read_dataset(cases)
-    if output.resolve() == cases.resolve():
-        raise UserError(f"--output {output}: holds the cases themselves; name another folder")
+    check_elsewhere(output, cases)
     counts: dict[str, int] = {}
 
     def done(what: str) -> None:

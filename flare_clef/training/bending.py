@@ -39,7 +39,7 @@ class Bend:
     """How a scan is bent, and what that does to its organs."""
 
     transform: sitk.DisplacementFieldTransform
-    """From places in the bent scan to places in the scan."""
+    """From places in the bent scan to places in the scan, (x, y, z) in mm, LPS."""
     dsc_before: float
     """Of the common organs and the other body's, mean; the other laid over it by an affine map."""
     dsc_after: float
@@ -86,7 +86,7 @@ def _shown_in_both(
 
 
 def _unfolded(field_mm: np.ndarray, grid: Grid) -> sitk.DisplacementFieldTransform:
-    """``field_mm`` (z, y, x, 3), faded out at the rim and weakened until nothing folds."""
+    """``field_mm`` (z, y, x, 3: x, y, z), faded out at the rim and weakened until nothing folds."""
     field_mm = field_mm.astype(np.float64)
     for axis, count in enumerate(grid.shape):
         steps = np.minimum(np.arange(count), np.arange(count)[::-1])
@@ -114,9 +114,10 @@ def bent(image: Image, bend: Bend, *, labels: bool) -> np.ndarray:
 
     Where the bend asks for what lies beyond the scan, its nearest voxel is taken.
     """
+    scan = labels_to_sitk(image.array, image)
     moved = sitk.Resample(
-        labels_to_sitk(image.array, image),
-        labels_to_sitk(image.array, image),
+        scan,
+        scan,
         bend.transform,
         sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
         0.0,

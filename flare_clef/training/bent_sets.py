@@ -112,7 +112,8 @@ def bend_all(
         raise UserError("no cases with labels; name a training set with --cases")
     if any((output / kind).exists() for kind in ("images", "labels")):
         raise UserError(
-            f"{output}: holds images/ or labels/ already; remove it or name another folder"
+            f"{output}: holds images/ or labels/ already; remove it or name another"
+            " folder with --output"
         )
     check_writable(output)
     result = BentSet()

@@ -1,7 +1,7 @@
 """Contents of gallbladder and stomach that few training scans show: stones, layers, food.
 
-What is in them says nothing of where they end, but a network that saw a dozen patients takes a
-gallbladder full of stones for bowel. So now and then a step puts such contents in. Volumes are
+What is in them says nothing of where they end, but a network that saw a dozen patients misses a
+gallbladder full of stones. So now and then a step puts such contents in. Volumes are
 prepared ones, (z, y, x), y growing towards the back.
 """
 
@@ -31,15 +31,16 @@ def _scaled(hu: float) -> float:
 def fill_organs(image: Tensor, labels: Tensor, probability: float, generator: Generator) -> Tensor:
     """Each of ``FILLED``, with ``probability``, gets contents of another value; in place.
 
+    ``image`` float32 in (-1, 1), ``labels`` uint8 with their doubt, both (z, y, x).
+
     All of it or what lies lower in a patient on the back (a layer), evenly or in grains of a
     few voxels. The voxels at its edge change in part: contents end inside the wall.
     """
-    classes = torch.from_numpy(CLASSES)
+    classes = torch.from_numpy(CLASSES)[labels.int()]
     for organ in FILLED:
         if float(torch.rand((), generator=generator)) >= probability:
             continue
-        bytes_of = [value for value in torch.unique(labels).tolist() if classes[value] == organ]
-        mask = torch.isin(labels, torch.tensor(bytes_of, dtype=torch.uint8))
+        mask = classes == organ
         places = torch.nonzero(mask)
         if len(places) < _LEAST_VOXELS:
             continue

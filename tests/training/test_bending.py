@@ -13,12 +13,12 @@ from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.images import image_from_array, read_image
 from flare_clef.organs import ORGAN_BY_INDEX
-from flare_clef.training.bending import SPACING_MM, bend_towards, bent
+from flare_clef.training.bending import SPACING_MM, _unfolded, bend_towards, bent
 from flare_clef.training.bent_sets import bend_all, pairs_of
 from flare_clef.training.cases import Case, prepare_case
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.registration import OrganMaps, organ_maps_of
+from flare_clef.training.registration import Grid, OrganMaps, organ_maps_of
 
 ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 12, 13)]
 
@@ -39,6 +39,21 @@ def test_organs_take_the_other_bodys_shapes_and_nothing_folds() -> None:
     assert 0.05 <= squeezed.min() < 1 < squeezed.max()
     edge = sitk.GetArrayFromImage(field)
     assert not edge[0].any() and not edge[:, -1].any() and not edge[:, :, 0].any()
+
+
+def test_a_field_that_would_fold_is_weakened_as_a_whole() -> None:
+    """In the middle x moves by a wave of 12 voxels' length whose slope is -2 at its steepest."""
+    grid = Grid((0.0, 0.0, 0.0), (40, 40, 40), 4.0)
+    field = np.zeros((40, 40, 40, 3))
+    wave = 2 * 12 / (2 * np.pi) * np.sin(2 * np.pi * np.arange(40) / 12)
+    field[..., 0] = 4.0 * wave
+    image = _unfolded(field.copy(), grid).GetDisplacementField()
+    squeezed = sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(image))
+    assert 0.05 <= squeezed.min() < 0.3
+    inner = sitk.GetArrayFromImage(image)[8:-8, 8:-8, 8:-8]
+    ratio = inner[..., 0][:, :, 1] / field[8:-8, 8:-8, 8:-8, 0][:, :, 1]
+    assert ratio.min() > 0.3 and ratio.max() - ratio.min() < 1e-9 and ratio.max() < 0.6
+    assert not inner[..., 1:].any()
 
 
 def test_towards_itself_nothing_moves() -> None:
