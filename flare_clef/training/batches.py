@@ -18,13 +18,17 @@ from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 
 
 def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]:
-    """Cases in the order in which steps see them: each in turn, every round in a new order."""
+    """Cases in the order in which steps see them: each in turn, every round in a new order.
+
+    Cases with repeats below 1 begin somewhere in their turn: all of a kind would else come in the
+    same rounds, hundreds of steps apart.
+    """
     generator = torch.Generator().manual_seed(plan.seed)
     weights = torch.tensor([plan.repeats_of(c.case.name) for c in cases])
     if not weights.any():
         raise UserError("finetune.repeats: 0 for every case; name at least one with more")
     order: list[int] = []
-    due = torch.zeros(len(cases))
+    due = torch.rand(len(cases), generator=generator)
     wanted = plan.steps * plan.batch
     while len(order) < wanted:
         due += weights

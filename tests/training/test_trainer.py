@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,17 @@ def test_every_case_in_turn_and_repeats(prepared):
     order = draw_order(plan, prepared)
     assert order == draw_order(plan, prepared)
     assert [order.count(k) for k in range(3)] == [40, 20, 40]
+
+
+def test_seldom_cases_are_spread_over_all_rounds():
+    """Not all of them in the same rounds, with none in between."""
+    names = [f"often{i}" for i in range(10)] + [f"seldom{i}" for i in range(30)]
+    cases = [SimpleNamespace(case=SimpleNamespace(name=name)) for name in names]
+    plan = FinetuningPlan(stages=(Stage(32, 600, (1, 1)),), repeats={"seldom*": 1 / 3})
+    seldom = [index >= 10 for index in draw_order(plan, cases)]
+    counts = [sum(seldom[start : start + 20]) for start in range(0, 600, 20)]
+    assert sum(counts) == pytest.approx(300, abs=10)
+    assert min(counts) >= 4 and max(counts) <= 16
 
 
 def test_repeats_by_pattern(prepared):
