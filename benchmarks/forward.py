@@ -22,7 +22,7 @@ from flare_clef.integer_convolution import highest_activation
 from flare_clef.limits import keep_memory, usable_cores
 from flare_clef.network import SegmentationNetwork
 from flare_clef.precision import PRECISIONS, bf16_is_emulated
-from flare_clef.quantised import QuantisedNetwork, ranges_from_norms
+from flare_clef.quantised import QuantisedNetwork, calibration_from_norms
 from flare_clef.weights import load_weights
 
 
@@ -92,7 +92,7 @@ def main() -> None:
         actions[f"folded, slabs, {name}"] = lambda folded=folded: folded(volume)
     highest = highest_activation()
     if highest is not None:
-        quantised = QuantisedNetwork(network, ranges_from_norms(network), highest)
+        quantised = QuantisedNetwork(network, calibration_from_norms(network), highest)
         actions["8 bits, slabs, int8"] = lambda: quantised(volume)
     # They take turns, so that a machine busy with something else slows all of them.
     best = dict.fromkeys(actions, float("inf"))

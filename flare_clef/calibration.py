@@ -23,10 +23,10 @@ class Calibration:
     """Both by layer, float32, one number per channel."""
 
     ranges: dict[str, Tensor]
-    """The activation that the highest of the whole numbers stands for. Not of the head, whose
-    results are never rounded."""
+    """The activation that the highest of the whole numbers stands for; of all layers whose
+    results are rounded."""
     offsets: dict[str, Tensor]
-    """What is added to the layer's bias, for rounding shifts results in the mean."""
+    """What is added to the layer's bias, for rounding shifts results in the mean; of all."""
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a weights file."""
@@ -47,10 +47,15 @@ class Calibration:
         return cls(parts["ranges"], parts["offsets"])
 
 
-def layers(architecture: Architecture) -> dict[str, int]:
-    """Channels of each convolution of the backbone, by its name."""
-    return {
-        f"{side}.{level}.{conv}": architecture.widths[level]
+def last_layer(architecture: Architecture) -> str:
+    """The one before the head; its results stay float32."""
+    return f"decoder.0.{architecture.decoder_convs[0] - 1}"
+
+
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int]]:
+    """Of all tensors that a calibrated weights file has more."""
+    layers = {
+        f"{side}.{level}.{conv}": (architecture.widths[level],)
         for side, convs in (
             ("encoder", architecture.encoder_convs),
             ("decoder", architecture.decoder_convs),
@@ -58,13 +63,10 @@ def layers(architecture: Architecture) -> dict[str, int]:
         for level, count in enumerate(convs)
         for conv in range(count)
     }
-
-
-def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int]]:
-    """Of all tensors that a calibrated weights file has more."""
-    shapes = {
-        f"{PREFIX}{layer}.{kind}": (channels,)
-        for layer, channels in layers(architecture).items()
-        for kind in ("ranges", "offsets")
+    offsets = {**layers, HEAD: (architecture.classes,)}
+    del layers[last_layer(architecture)]
+    return {
+        f"{PREFIX}{layer}.{kind}": shape
+        for kind, shapes in (("ranges", layers), ("offsets", offsets))
+        for layer, shape in shapes.items()
     }
-    return {**shapes, f"{PREFIX}{HEAD}.offsets": (architecture.classes,)}

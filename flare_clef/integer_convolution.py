@@ -1,9 +1,10 @@
 """Convolutions in 8-bit integers: rounding, packing, running; all of oneDNN's interface is here.
 
-An activation is ``q * scale`` with ``q`` uint8 and zero at 0: it follows a ReLU. A weight is
-``w * scale`` with ``w`` int8 in -127 to 127 and one scale per output channel. Products and sums
-are exact integers (int32), turned into float32 with bias once and rounded to the nearest (ties
-to even), so that neither the order nor slabs can change a result.
+An activation is ``q / highest * range`` with ``q`` uint8, zero at 0 (it follows a ReLU) and one
+range per channel. A weight is ``w * scale`` with ``w`` int8 in -127 to 127 and one scale per output
+channel; the ranges of the input's channels are multiplied into it before rounding. Products and
+sums are exact integers (int32), turned into float32 with bias once and rounded to the nearest
+(ties to even), so that neither the order nor slabs can change a result.
 
 The operator is ``torch.ops.onednn.qconv_pointwise``, which torch's own compiler uses; the eager
 quantisation modules are deprecated. It takes plain tensors. Its results are compared with a
@@ -12,7 +13,6 @@ plain integer form in ``tests/test_integer_convolution.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,8 @@ class IntegerConvolution:
     bias: Tensor
     """(out,) float32, in real units."""
     side: int
-    input_scale: float
-    output_scale: float | None
-    """None: the output is float32 in real units; else uint8, and what is negative becomes 0."""
+    to_bytes: bool
+    """The output is uint8, and what is negative becomes 0; else float32 in real units."""
     highest: int
 
     @classmethod
@@ -48,30 +47,25 @@ class IntegerConvolution:
         cls,
         weight: Tensor,
         bias: Tensor,
-        inputs: Sequence[tuple[int, float]],
-        output_range: float | None,
+        input_ranges: Tensor,
+        output_ranges: Tensor | None,
         highest: int,
     ) -> IntegerConvolution:
         """Rounds ``weight`` (out, in, k, k, k) float32.
 
-        ``inputs``: number of channels and largest real value of each group of them, in order;
-        ``output_range``: the largest real value of the output, None for float32. Channels must
-        be multiples of :data:`CHANNELS`.
+        ``input_ranges`` (in,), ``output_ranges`` (out,): the real value of each channel that
+        ``highest`` stands for; no ``output_ranges``: float32 comes out. Channels must be
+        multiples of :data:`CHANNELS`.
         """
-        if any(count % CHANNELS for count in (len(weight), *(count for count, _ in inputs))):
+        if any(count % CHANNELS for count in weight.shape[:2]):
             raise ValueError(f"8-bit convolutions take multiples of {CHANNELS} channels")
-        scales = [largest / highest for _, largest in inputs]
-        ratios = torch.cat(
-            [
-                torch.full((channels,), scale / scales[0])
-                for (channels, _), scale in zip(inputs, scales, strict=True)
-            ]
-        )
-        # Groups of other ranges share one input scale: what is missing goes to the weights.
-        whole, weight_scale = round_weight(weight * ratios.view(1, -1, 1, 1, 1))
+        weight = weight * input_ranges.view(1, -1, 1, 1, 1)
+        if output_ranges is not None:
+            weight, bias = weight / output_ranges.view(-1, 1, 1, 1, 1), bias / output_ranges
+        whole, weight_scale = round_weight(weight)
         side = weight.shape[-1]
         packed = torch.ops.onednn.qconv_prepack(
-            whole, weight_scale, scales[0], 0, [1] * 3, [side // 2] * 3, [1] * 3, 1, None
+            whole, weight_scale, 1 / highest, 0, [1] * 3, [side // 2] * 3, [1] * 3, 1, None
         )
         return cls(
             packed,
@@ -79,20 +73,19 @@ class IntegerConvolution:
             torch.zeros(len(weight), dtype=torch.int32),
             bias.float().contiguous(),
             side,
-            scales[0],
-            None if output_range is None else output_range / highest,
+            output_ranges is not None,
             highest,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """(1, in, z, y, x) uint8 in ``channels_last_3d`` to the same shape and layout."""
-        kind = torch.float32 if self.output_scale is None else torch.uint8
+        kind, scale = (torch.uint8, 1 / self.highest) if self.to_bytes else (torch.float32, 1.0)
         out: Tensor = torch.ops.onednn.qconv_pointwise(
-            x, self.input_scale, 0, self.packed, self.weight_scale, self.weight_zero, self.bias,
+            x, 1 / self.highest, 0, self.packed, self.weight_scale, self.weight_zero, self.bias,
             [1] * 3, [self.side // 2] * 3, [1] * 3, 1,
-            self.output_scale or 1.0, 0, kind, "none", [], "",
+            scale, 0, kind, "none", [], "",
         )  # fmt: skip
-        if self.output_scale is not None and self.highest < FULL:
+        if self.to_bytes and self.highest < FULL:
             out.clamp_(max=self.highest)
         return out
 
@@ -104,9 +97,9 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale.view(-1, 1, 1, 1, 1)).to(torch.int8), scale
 
 
-def round_activation(x: Tensor, largest: float, highest: int) -> Tensor:
-    """Real values as uint8, below 0 as 0, above ``largest`` as ``highest``; ``x`` is used up."""
-    return x.mul_(highest / largest).round_().clamp_(0, highest).to(torch.uint8)
+def round_activation(x: Tensor, highest: int) -> Tensor:
+    """Shares of the range as uint8, below 0 as 0, above 1 as ``highest``; ``x`` is used up."""
+    return x.mul_(highest).round_().clamp_(0, highest).to(torch.uint8)
 
 
 def highest_activation() -> int | None:
@@ -121,7 +114,7 @@ def highest_activation() -> int | None:
         weight[1::2] = -1
         try:
             out = IntegerConvolution.of(
-                weight, torch.zeros(16), [(16, float(highest))], None, highest
+                weight, torch.zeros(16), torch.full((16,), float(highest)), None, highest
             )(x)
         except (AttributeError, RuntimeError):
             return None

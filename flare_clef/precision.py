@@ -111,7 +111,7 @@ def _trial_seconds(side: int, *, int8: bool = False, bf16: bool = True) -> dict[
     if int8:
         bytes_ = torch.zeros(1, 32, side, side, side, dtype=torch.uint8)
         convolution = IntegerConvolution.of(
-            torch.ones(32, 32, 3, 3, 3), torch.zeros(32), [(32, 1.0)], 1.0, FULL
+            torch.ones(32, 32, 3, 3, 3), torch.zeros(32), torch.ones(32), torch.ones(32), FULL
         )
         actions[INT8] = partial(
             convolution, bytes_.contiguous(memory_format=torch.channels_last_3d)

@@ -1,12 +1,13 @@
 """The forward pass in 8-bit integers: the same slabs and levels, a quarter of the memory.
 
 Weights are rounded when loaded, which takes less than half a second and keeps the file as small
-as it is. The ranges of the activations were found in training
-(:mod:`flare_clef.training.calibration`) and travel in the file, or follow from its norms. The
-first convolution computes in float32 (a scan has more than 256 values), and so does the last
-one, whose small differences decide between organs; all between is whole numbers. Upsampled maps
-are stored here, as bytes they are small, so that skip and upsampled path are summed before
-anything is rounded.
+as it is. Ranges of the activations and what rounding shifts were found in training
+(:mod:`flare_clef.calibration`) and travel in the file; without them ranges follow from its norms.
+Each channel has its own range, which costs nothing: it goes into the weights before these are
+rounded. The first convolution computes in float32 (a scan has more than 256 values), and so does
+the head, on sums that are not rounded to bytes again: its small differences decide between
+organs. All between is whole numbers. Upsampled maps are stored here, as bytes they are small, so
+that skip and upsampled path are summed before anything is rounded.
 """
 
 from __future__ import annotations
@@ -19,19 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flare_clef.inference import HEAP_GAPS, FoldedNetwork, fold_norm
+from flare_clef.calibration import HEAD, Calibration, last_layer
+from flare_clef.inference import FoldedNetwork, fold_norm
 from flare_clef.integer_convolution import IntegerConvolution, round_activation
 from flare_clef.network import ConvBlock, SegmentationNetwork, blocks, convolve
-
-Ranges = dict[str, float]
-"""Largest activation by name of its block: ``encoder.LEVEL.CONV``, ``decoder.LEVEL.CONV``."""
 
 _DEVIATIONS = 10.0
 """How far above its mean an activation may lie; calibrated ranges ended at 8 to 14."""
 
+_HEAP_GAPS = 1.65
+"""As :data:`flare_clef.inference.HEAP_GAPS`; bytes beside float32 leave more, 1.59 was seen."""
+
+_POWER = 0.75
+_LEAST_SHARE = 1e-3
+_COARSE_FROM = 4
+"""Level; of 12 voxels a side where the finest has 192."""
+
 
 def named_blocks(network: SegmentationNetwork) -> dict[str, ConvBlock]:
-    """Every convolution of the backbone by the name that :data:`Ranges` has for it."""
+    """Every convolution of the backbone by the name that a :class:`Calibration` has for it."""
     backbone = network.backbone
     return {
         f"{side}.{level}.{number}": block
@@ -41,16 +48,44 @@ def named_blocks(network: SegmentationNetwork) -> dict[str, ConvBlock]:
     }
 
 
-def ranges_from_norms(network: SegmentationNetwork) -> Ranges:
-    """Ranges without any data: a norm's output has the mean ``bias`` and deviation ``weight``.
+def calibration_from_norms(network: SegmentationNetwork) -> Calibration:
+    """Without any data: a norm's output has the mean ``bias`` and the deviation ``weight``.
 
     As in Nagel et al. 2019, "Data-free quantization through weight equalization and bias
-    correction", section 4.2.1.
+    correction", section 4.2.1; nothing is known of offsets.
     """
-    return {
-        name: float((block.norm.bias + _DEVIATIONS * block.norm.weight.abs()).detach().max())
-        for name, block in named_blocks(network).items()
+    architecture = network.architecture
+    norms = {name: block.norm for name, block in named_blocks(network).items()}
+    reached = {
+        name: (norm.bias + _DEVIATIONS * norm.weight.abs()).detach()
+        for name, norm in norms.items()
+        if name != last_layer(architecture)
     }
+    offsets = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
+    return Calibration(
+        {name: balanced(name, largest) for name, largest in reached.items()},
+        {**offsets, HEAD: torch.zeros(architecture.classes)},
+    )
+
+
+def is_coarse(layer: str) -> bool:
+    """Whether ``layer`` sees so few voxels that one scan tells little of another's channels.
+
+    Ranges of their own for its channels were measured to cut what the next scan has.
+    """
+    return int(layer.split(".")[1]) >= _COARSE_FROM
+
+
+def balanced(layer: str, largest: Tensor) -> Tensor:
+    """Ranges for channels whose activations go up to ``largest``, (channels,).
+
+    The finer the steps of a channel's activations, the coarser those of the weights it meets,
+    relative to the largest of them: between one range for all (power 0) and each its own (1).
+    """
+    most = largest.max().clamp_min(1e-6)
+    if is_coarse(layer):
+        return most.expand(len(largest)).clone()
+    return most * (largest / most).clamp_min(_LEAST_SHARE) ** _POWER
 
 
 @dataclass(frozen=True)
@@ -59,12 +94,18 @@ class _First:
 
     weight: Tensor
     bias: Tensor
-    largest: float
     highest: int
 
     def __call__(self, x: Tensor) -> Tensor:
         # What is below 0 becomes 0 in rounding: there is no ReLU to compute.
-        return round_activation(convolve(x, self.weight, self.bias), self.largest, self.highest)
+        return round_activation(convolve(x, self.weight, self.bias), self.highest)
+
+
+def _first(block: ConvBlock, ranges: Tensor, offsets: Tensor, highest: int) -> _First:
+    weight, bias = fold_norm(block)
+    weight = weight / ranges.view(-1, 1, 1, 1, 1)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    return _First(weight, (bias + offsets) / ranges, highest)
 
 
 @dataclass(frozen=True)
@@ -80,54 +121,59 @@ class _JoinedMerge:
 class QuantisedNetwork(FoldedNetwork):
     """A :class:`FoldedNetwork` on the CPU whose activations are bytes, up to ``highest``."""
 
-    def __init__(self, network: SegmentationNetwork, ranges: Ranges, highest: int) -> None:
+    def __init__(
+        self, network: SegmentationNetwork, calibration: Calibration, highest: int
+    ) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.architecture = network.architecture
-        widths = network.architecture.widths
         backbone = network.backbone
+        ranges, offsets = calibration.ranges, calibration.offsets
 
-        def conv(
-            block: ConvBlock, inputs: list[tuple[int, float]], name: str
-        ) -> IntegerConvolution:
-            return IntegerConvolution.of(*fold_norm(block), inputs, ranges[name], highest)
+        def conv(block: ConvBlock, inputs: Tensor, name: str) -> IntegerConvolution:
+            weight, bias = fold_norm(block)
+            return IntegerConvolution.of(
+                weight, bias + offsets[name], inputs, ranges.get(name), highest
+            )
 
         self._encoder: list[list[Callable[[Tensor], Tensor]]] = []  # type: ignore[assignment]
-        before: list[tuple[int, float]] = []
-        last: list[float] = []
+        before: Tensor | None = None
+        skips: list[Tensor] = []
         for level, stack in enumerate(blocks(backbone.encoder)):
             made: list[Callable[[Tensor], Tensor]] = []
             for number, block in enumerate(stack):
                 name = f"encoder.{level}.{number}"
-                if before:
+                if before is not None:
                     made.append(conv(block, before, name))
                 else:
-                    weight, bias = fold_norm(block)
-                    weight = weight.contiguous(memory_format=torch.channels_last_3d)
-                    made.append(_First(weight, bias, ranges[name], highest))
-                before = [(widths[level], ranges[name])]
+                    made.append(_first(block, ranges[name], offsets[name], highest))
+                before = ranges[name]
             self._encoder.append(made)
-            last.append(before[0][1])
+            skips.append(ranges[name])
 
         self._merges: list[_JoinedMerge] = []  # type: ignore[assignment]
         self._decoder: list[list[IntegerConvolution]] = []  # type: ignore[assignment]
-        coarse = before
+        coarse = skips[-1]
         for level, stack in reversed(list(enumerate(blocks(backbone.decoder)))):
-            inputs = [(widths[level], last[level]), *coarse]
+            inputs = torch.cat([skips[level], coarse])
             made_here = []
             for number, block in enumerate(stack):
                 name = f"decoder.{level}.{number}"
                 made_here.append(conv(block, inputs, name))
-                inputs = [(widths[level], ranges[name])]
+                inputs = ranges.get(name, inputs)
             coarse = inputs
             self._merges.insert(0, _JoinedMerge(made_here[0]))
             self._decoder.insert(0, made_here[1:])
 
-        first, second = (cast(nn.Conv3d, network.head[i]) for i in (0, 2))
-        hidden = IntegerConvolution.of(
-            first.weight.detach(), cast(Tensor, first.bias).detach(), coarse, None, highest
-        )
-        weight = second.weight.detach().contiguous(memory_format=torch.channels_last_3d)
-        self._hidden, self._last = hidden, (weight, cast(Tensor, second.bias).detach())
+        self._head = [
+            (
+                layer.weight.detach().contiguous(memory_format=torch.channels_last_3d),
+                cast(Tensor, layer.bias).detach() + offset,
+            )
+            for layer, offset in (
+                (cast(nn.Conv3d, network.head[0]), torch.tensor(0.0)),
+                (cast(nn.Conv3d, network.head[2]), offsets[HEAD]),
+            )
+        ]
 
     def _peak_bytes(self, grid: tuple[int, int, int], slab_slices: int) -> int:
         depth, height, width = grid
@@ -135,14 +181,15 @@ class QuantisedNetwork(FoldedNetwork):
         fine, coarse, coarser = self.architecture.widths[:3]
         halo = 2 * (self.architecture.decoder_convs[0] + self.architecture.encoder_convs[0])
         # Level 1 at its worst: skip, doubled map, both joined, result. The same at the finest
-        # level, where the first convolution's float32 result and its rounding take more.
+        # level, where the first convolution's float32 result and its rounding take more, and
+        # more than the last one's.
         below = 2 * (2 * coarse + coarser) * voxels // 8
         of_fine = max(2 * (2 * fine + coarse), 9 * fine)
         slab = of_fine * height * width * min(depth, slab_slices + halo)
         logits = 4 * self.architecture.classes * voxels
         held = coarse * voxels // 8 + fine * voxels
         below += 2 * fine * voxels
-        return int(HEAP_GAPS * max(below, held + slab + logits))
+        return int(_HEAP_GAPS * max(below, held + slab + logits))
 
     def _first_pass(self, x: Tensor, slabs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         # In bytes the skip is small enough to be kept.
@@ -168,7 +215,7 @@ class QuantisedNetwork(FoldedNetwork):
         return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
 
     def _logits(self, features: Tensor) -> Tensor:
-        return convolve(functional.relu_(self._hidden(features)), *self._last)
+        return super()._logits(functional.relu(features))
 
 
 def joined(skip: Tensor, coarse: Tensor, first: int) -> Tensor:

@@ -86,7 +86,7 @@ class Segmenter:
             precision,
             self.device,
             self.threads,
-            calibrated=self.weights.activation_ranges is not None,
+            calibrated=self.weights.calibration is not None,
         )
         self.grid = self.weights.grid
         self._network = self._made_ready()
@@ -95,7 +95,7 @@ class Segmenter:
         network = self.weights.network()
         if self.precision != INT8:
             return FoldedNetwork(network, self.device, self.precision)
-        from flare_clef.quantised import QuantisedNetwork, ranges_from_norms
+        from flare_clef.quantised import QuantisedNetwork, calibration_from_norms
 
         architecture = self.weights.architecture
         if any(n % CHANNELS for n in (*architecture.widths, architecture.head_channels)):
@@ -104,8 +104,8 @@ class Segmenter:
                 f"{architecture.head_channels} channels, multiples of {CHANNELS} are needed; "
                 "use auto"
             )
-        ranges = self.weights.activation_ranges or ranges_from_norms(network)
-        return QuantisedNetwork(network, ranges, highest_activation() or REDUCED)
+        calibration = self.weights.calibration or calibration_from_norms(network)
+        return QuantisedNetwork(network, calibration, highest_activation() or REDUCED)
 
     @overload
     def predict(

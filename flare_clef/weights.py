@@ -2,9 +2,9 @@
 
 The file's metadata are strings: ``format`` and ``format_version``, ``architecture``,
 ``organs``, ``window_hu`` and ``grid`` (all JSON), ``record`` (JSON: how the weights were
-made, and what they reached), ``licence`` and, where they were calibrated for 8-bit inference,
-``activation_ranges`` (JSON). Convolutions are in half precision,
-normalisation in single. Never a pickle: loading runs no code.
+made, and what they reached) and ``licence``. Convolutions are in half precision, normalisation
+in single, as are the tensors ``int8.…`` of weights that were calibrated for 8-bit inference.
+Never a pickle: loading runs no code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from flare_clef import calibration as of_int8
+from flare_clef.calibration import Calibration
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork
 from flare_clef.organs import ORGANS
@@ -45,8 +47,8 @@ class Weights:
     """How the weights were made: recipe, data, steps, hours, validation table."""
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
-    activation_ranges: dict[str, float] | None = field(default=None, repr=False)
-    """As :data:`flare_clef.quantised.Ranges`; None: not calibrated."""
+    calibration: Calibration | None = field(default=None, repr=False)
+    """For 8-bit inference; None: not calibrated."""
 
     def network(self) -> SegmentationNetwork:
         """The network with these weights, float32, in evaluation mode."""
@@ -80,7 +82,7 @@ def save_weights(
     grid: int = GRID,
     record: dict[str, Any] | None = None,
     licence: str = "",
-    activation_ranges: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes ``network`` to ``path``, atomically."""
     tensors = {}
@@ -90,6 +92,8 @@ def save_weights(
         # Running variances span more than half precision holds; they are tiny anyhow.
         kind = torch.float32 if ".norm." in name else torch.float16
         tensors[name] = tensor.detach().to("cpu", kind).contiguous()
+    if calibration is not None:
+        tensors.update(calibration.tensors())
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -100,8 +104,6 @@ def save_weights(
         "record": json.dumps(record or {}),
         "licence": licence,
     }
-    if activation_ranges is not None:
-        metadata["activation_ranges"] = json.dumps(activation_ranges)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -154,7 +156,6 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tens
         window_hu = tuple(json.loads(metadata["window_hu"]))
         grid = int(metadata["grid"])
         record = json.loads(metadata["record"])
-        ranges = _ranges(metadata, architecture)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its metadata cannot be used ({error!r})") from None
     if organs != [organ.name for organ in ORGANS] or architecture.classes != len(ORGANS):
@@ -171,6 +172,8 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tens
             for name, tensor in SegmentationNetwork(architecture).state_dict().items()
             if not name.endswith(_BOOKKEEPING)
         }
+    if any(name.startswith(of_int8.PREFIX) for name in tensors):
+        expected.update(of_int8.tensor_shapes(architecture))
     for words, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("holds surplus", tensors.keys() - expected.keys()),
@@ -187,24 +190,12 @@ def _checked(path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tens
             )
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: tensor {name} holds values that are not finite")
-    return Weights(path, architecture, grid, metadata.get("licence", ""), record, tensors, ranges)
-
-
-def _ranges(metadata: dict[str, str], architecture: Architecture) -> dict[str, float] | None:
-    if "activation_ranges" not in metadata:
-        return None
-    stated = json.loads(metadata["activation_ranges"])
-    names = {
-        f"{side}.{level}.{conv}"
-        for side, convs in (
-            ("encoder", architecture.encoder_convs), ("decoder", architecture.decoder_convs)
-        )
-        for level, count in enumerate(convs)
-        for conv in range(count)
-    }  # fmt: skip
-    if set(stated) != names or not all(0 < float(v) < float("inf") for v in stated.values()):
-        raise ValueError("activation_ranges must hold one positive number per convolution")
-    return {name: float(value) for name, value in stated.items()}
+        if name.endswith(".ranges") and not (tensors[name] > 0).all():
+            raise UserError(f"{path}: tensor {name} holds ranges that are not positive")
+    found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(of_int8.PREFIX)}
+    calibration = Calibration.of_tensors(found) if found else None
+    licence = metadata.get("licence", "")
+    return Weights(path, architecture, grid, licence, record, tensors, calibration)
 
 
 def _architecture(stated: dict[str, Any]) -> Architecture:

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(HIGHEST is None, reason="this torch has no 8-bit
 
 
 def plainly(
-    x: Tensor, weight: Tensor, bias: Tensor, inputs: list[tuple[int, float]],
-    output_range: float | None, highest: int,
+    x: Tensor, weight: Tensor, bias: Tensor, input_ranges: Tensor,
+    output_ranges: Tensor | None, highest: int,
 ) -> Tensor:  # fmt: skip
     """Sums of whole numbers in int64 on padded input; scales, bias and rounding after them."""
-    scales = [largest / highest for _, largest in inputs]
     # Rounded as the packed ones are: half a step's rounding decides a whole step of a weight.
-    ratios = [torch.full((n,), s / scales[0]) for (n, _), s in zip(inputs, scales, strict=True)]
-    whole, weight_scale = round_weight(weight * torch.cat(ratios).view(1, -1, 1, 1, 1))
+    scaled = weight * input_ranges.view(1, -1, 1, 1, 1)
+    rows = torch.ones(len(weight)) if output_ranges is None else output_ranges
+    whole, weight_scale = round_weight(scaled / rows.view(-1, 1, 1, 1, 1))
     side = weight.shape[-1]
     reach = side // 2
     padded = functional.pad(x[0].long(), (reach,) * 6)
@@ -42,34 +42,34 @@ def plainly(
                 ]
                 sums += torch.einsum("oi,izyx->ozyx", whole[:, :, z, y, across].long(), part)
     column = (-1, 1, 1, 1)
-    real = sums.double() * weight_scale.double().view(column) * scales[0]
-    real += bias.double().view(column)
-    if output_range is None:
+    real = sums.double() / highest * weight_scale.double().view(column)
+    real += (bias / rows).double().view(column)
+    if output_ranges is None:
         return real[None]
-    return (real / (output_range / highest)).clamp(0, highest)[None]
+    return (real * highest).clamp(0, highest)[None]
 
 
 @given(
     seed=st.integers(0, 1000),
-    groups=st.sampled_from([[16], [32], [16, 32]]),
+    inputs=st.sampled_from([16, 32, 48]),
     outputs=st.sampled_from([16, 32]),
     side=st.sampled_from([1, 3]),
     shape=st.tuples(*[st.integers(1, 6)] * 3),
     to_bytes=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_equals_plain_integers(seed, groups, outputs, side, shape, to_bytes):
+def test_equals_plain_integers(seed, inputs, outputs, side, shape, to_bytes):
     assert HIGHEST is not None
     generator = torch.Generator().manual_seed(seed)
-    inputs = [(n, float(torch.rand((), generator=generator) * 5 + 0.1)) for n in groups]
-    weight = torch.randn(outputs, sum(groups), side, side, side, generator=generator)
+    input_ranges = torch.rand(inputs, generator=generator) * 5 + 0.1
+    weight = torch.randn(outputs, inputs, side, side, side, generator=generator)
     bias = torch.randn(outputs, generator=generator)
-    x = torch.randint(0, HIGHEST + 1, (1, sum(groups), *shape), generator=generator)
+    x = torch.randint(0, HIGHEST + 1, (1, inputs, *shape), generator=generator)
     x = x.to(torch.uint8).contiguous(memory_format=torch.channels_last_3d)
-    output_range = 20.0 if to_bytes else None
-    wanted = plainly(x, weight, bias, inputs, output_range, HIGHEST)
-    found = IntegerConvolution.of(weight, bias, inputs, output_range, HIGHEST)(x)
-    if output_range is None:
+    output_ranges = torch.rand(outputs, generator=generator) * 20 + 1 if to_bytes else None
+    wanted = plainly(x, weight, bias, input_ranges, output_ranges, HIGHEST)
+    found = IntegerConvolution.of(weight, bias, input_ranges, output_ranges, HIGHEST)(x)
+    if output_ranges is None:
         assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
         return
     assert found.dtype == torch.uint8 and int(found.max()) <= HIGHEST
@@ -86,7 +86,7 @@ def test_the_largest_sums_do_not_overflow():
     x = torch.full((1, 64, 5, 5, 5), HIGHEST, dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     convolution = IntegerConvolution.of(
-        weight, torch.zeros(16), [(64, float(HIGHEST))], None, HIGHEST
+        weight, torch.zeros(16), torch.full((64,), float(HIGHEST)), None, HIGHEST
     )
     assert float(convolution(x)[0, 0, 2, 2, 2]) == pytest.approx(64 * 27 * HIGHEST, rel=1e-5)
 
@@ -95,12 +95,28 @@ def test_other_numbers_of_channels_are_refused():
     for outputs, inputs in ((13, 16), (16, 4)):
         with pytest.raises(ValueError, match="multiples of 16"):
             weight = torch.ones(outputs, inputs, 1, 1, 1)
-            IntegerConvolution.of(weight, torch.zeros(outputs), [(inputs, 1.0)], None, REDUCED)
+            IntegerConvolution.of(weight, torch.zeros(outputs), torch.ones(inputs), None, REDUCED)
 
 
 def test_rounding_by_hand():
     whole, scale = round_weight(torch.tensor([[1.0, -0.5], [0.0, 0.0]]).view(2, 2, 1, 1, 1))
     assert whole.flatten().tolist() == [127, -64, 0, 0]
     assert scale[0] == pytest.approx(1 / 127)
-    x = torch.tensor([0.0, 0.49, 1.0, 63.6, 127.0, 200.0])
-    assert round_activation(x, 127.0, REDUCED).tolist() == [0, 0, 1, 64, 127, 127]
+    x = torch.tensor([-3.0, 0.0, 0.49, 1.0, 63.6, 127.0, 200.0]) / 127
+    assert round_activation(x, REDUCED).tolist() == [0, 0, 0, 1, 64, 127, 127]
+
+
+def test_a_range_of_its_own_for_each_channel_by_hand():
+    """Channels with values up to 1 and up to 100: with one range the small one would be lost."""
+    ranges = torch.full((16,), 100.0)
+    ranges[0] = 1.0
+    weight = torch.zeros(16, 16, 1, 1, 1)
+    weight[0, 0], weight[1, 1] = 1.0, 1.0
+    x = torch.zeros(1, 16, 1, 1, 1, dtype=torch.uint8)
+    assert HIGHEST is not None
+    x[0, 0], x[0, 1] = 3, HIGHEST
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    real = IntegerConvolution.of(weight, torch.zeros(16), ranges, None, HIGHEST)(x).flatten()
+    assert real[:3].tolist() == pytest.approx([3 / HIGHEST, 100.0, 0.0])
+    again = IntegerConvolution.of(weight, torch.zeros(16), ranges, ranges, HIGHEST)(x)
+    assert again.flatten()[:3].tolist() == [3, HIGHEST, 0]

@@ -13,6 +13,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from flare_clef import inference
+from flare_clef.calibration import tensor_shapes
 from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
@@ -20,9 +21,15 @@ from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED, highest_activation
 from flare_clef.network import Architecture
 from flare_clef.preparation import prepare
-from flare_clef.quantised import QuantisedNetwork, joined, named_blocks, ranges_from_norms
+from flare_clef.quantised import (
+    QuantisedNetwork,
+    balanced,
+    calibration_from_norms,
+    joined,
+    named_blocks,
+)
 from flare_clef.segmenter import Segmenter
-from flare_clef.training.calibration import BINS, best_range, calibrate
+from flare_clef.training.calibration import calibrate
 from flare_clef.weights import load_weights, save_weights
 
 SMALL = Architecture(
@@ -43,8 +50,7 @@ def body_volume() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def calibrated():
     network = lively_network(SMALL)
-    ranges = calibrate(network, [lambda: body_volume()[None, None]])
-    return network, ranges
+    return network, calibrate(network, [lambda: body_volume()[None, None]])
 
 
 @pytest.mark.parametrize(("first", "slices"), [(0, 4), (1, 2), (1, 3), (0, 3)])
@@ -69,10 +75,10 @@ def test_slabs_equal_the_whole_bit_for_bit(calibrated, monkeypatch, slices: int)
 
 @pytest.mark.parametrize("highest", sorted({REDUCED, HIGHEST}))
 def test_logits_are_near_those_of_float32(calibrated, highest: int):
-    network, ranges = calibrated
+    network, calibration = calibrated
     volume = body_volume()
     exact = FoldedNetwork(network, torch.device("cpu"), "fp32")(volume)
-    found = QuantisedNetwork(network, ranges, highest)(volume)
+    found = QuantisedNetwork(network, calibration, highest)(volume)
     assert found.shape == exact.shape and found.dtype == torch.float32
     error = (found - exact).abs().mean() / exact.std()
     assert error < (0.06 if highest < FULL else 0.03)
@@ -80,50 +86,38 @@ def test_logits_are_near_those_of_float32(calibrated, highest: int):
     assert agreeing.float().mean() > 0.9
 
 
-def test_ranges_from_norms_by_hand():
+def test_calibration_from_norms_by_hand():
     network = lively_network(SMALL)
     block = named_blocks(network)["encoder.1.0"]
     with torch.no_grad():
         block.norm.bias.copy_(torch.linspace(-1, 1, 32))
         block.norm.weight.fill_(0.5)
         block.norm.weight[0] = -2
-    ranges = ranges_from_norms(network)
-    assert ranges["encoder.1.0"] == pytest.approx(-1 + 10 * 2)
-    assert sorted(ranges) == sorted(
-        [f"encoder.{level}.{i}" for level, n in enumerate(SMALL.encoder_convs) for i in range(n)]
-        + [f"decoder.{level}.{i}" for level, n in enumerate(SMALL.decoder_convs) for i in range(n)]
-    )
+    found = calibration_from_norms(network)
+    # The first channel reaches -1 + 10 * 2, the last 1 + 10 * 0.5.
+    assert float(found.ranges["encoder.1.0"][0]) == pytest.approx(19)
+    assert float(found.ranges["encoder.1.0"][-1]) == pytest.approx(19 * (6 / 19) ** 0.75)
+    assert not any(offsets.any() for offsets in found.offsets.values())
+    assert {name: value.shape for name, value in found.tensors().items()} == tensor_shapes(SMALL)
 
 
-def test_best_range_clips_what_is_rare_and_nothing_else():
-    even = torch.ones(BINS, dtype=torch.float64)
-    assert best_range(even, 8.0) == pytest.approx(8.0)
-    # All values below an eighth of the largest, but one in a million.
-    rare = torch.zeros(BINS, dtype=torch.float64)
-    rare[: BINS // 8] = 1e6
-    rare[-1] = 1
-    assert best_range(rare, 8.0) < 2.0
-    assert best_range(torch.zeros(BINS, dtype=torch.float64), 0.0) > 0
-
-
-def test_calibration_sees_what_the_blocks_give(calibrated):
-    network, ranges = calibrated
-    seen = {}
-    for name, block in named_blocks(network).items():
-        block.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.max()}))
-    with torch.no_grad():
-        network(body_volume()[None, None])
-    assert seen.keys() == ranges.keys()
-    assert all(0.05 * seen[name] < ranges[name] <= seen[name] * 1.001 for name in ranges)
+def test_balanced_lies_between_one_range_and_each_its_own():
+    largest = torch.tensor([16.0, 1.0, 0.0])
+    fine = balanced("encoder.1.0", largest)
+    # (1/16) ** 0.75 = 1/8; what is never active gets a range that is small, but one.
+    assert fine[:2].tolist() == pytest.approx([16.0, 2.0])
+    assert 0 < float(fine[2]) < 0.2
+    assert (balanced("encoder.1.0", torch.zeros(3)) > 0).all()
+    assert balanced("decoder.4.2", largest).tolist() == [16.0] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("slices", [32, 2])
 def test_the_peak_stays_under_the_plan(slices: int):
     made = (
-        "from flare_clef.quantised import QuantisedNetwork, ranges_from_norms\n"
+        "from flare_clef.quantised import QuantisedNetwork, calibration_from_norms\n"
         f"plain = SegmentationNetwork().eval()\n"
-        f"network = QuantisedNetwork(plain, ranges_from_norms(plain), {HIGHEST})\n"
+        f"network = QuantisedNetwork(plain, calibration_from_norms(plain), {HIGHEST})\n"
     )
     line = next(line for line in PEAK.splitlines() if line.startswith("network ="))
     measured, planned = subprocess.run(
@@ -140,13 +134,14 @@ def test_a_network_of_other_widths_is_one_line(tiny_weights):
         Segmenter(tiny_weights, precision="int8")
 
 
-def test_weights_carry_the_ranges_and_predict_uses_them(calibrated, tmp_path):
-    network, ranges = calibrated
+def test_weights_carry_the_calibration_and_predict_uses_them(calibrated, tmp_path):
+    network, calibration = calibrated
     with_ranges, without = tmp_path / "with.safetensors", tmp_path / "without.safetensors"
-    save_weights(with_ranges, network, grid=TINY_GRID, activation_ranges=ranges)
+    save_weights(with_ranges, network, grid=TINY_GRID, calibration=calibration)
     save_weights(without, network, grid=TINY_GRID)
-    assert load_weights(with_ranges).activation_ranges == ranges
-    assert load_weights(without).activation_ranges is None
+    loaded = load_weights(with_ranges).calibration
+    assert loaded is not None
+    assert all(torch.equal(v, calibration.tensors()[n]) for n, v in loaded.tensors().items())
     assert "calibrated" not in Segmenter(with_ranges, precision="int8").precision_reason
     assert "not calibrated" in Segmenter(without, precision="int8").precision_reason
 

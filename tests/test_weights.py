@@ -12,6 +12,7 @@ from conftest import TINY, lively_network
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flare_clef.calibration import tensor_shapes
 from flare_clef.errors import UserError
 from flare_clef.weights import checksum, load_weights, save_weights
 
@@ -62,10 +63,40 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path):
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("stated", ["[]", '{"encoder.0.0": 1}', '{"a": -1}', "{"])
-def test_ranges_that_do_not_fit_are_refused(tmp_path: Path, tiny_weights: Path, stated: str):
-    path = _rewrite(tiny_weights, tmp_path / "w.safetensors", {"activation_ranges": stated})
-    assert "metadata cannot be used" in _refused(path)
+def _calibrated(tiny_weights: Path, tmp_path: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    """The weights with a calibration of ones, of which ``change`` takes away or replaces some."""
+    parts = {name: torch.ones(shape) for name, shape in tensor_shapes(TINY).items()} | change
+
+    def with_parts(tensors: dict) -> dict:
+        return tensors | {name: value for name, value in parts.items() if value is not None}
+
+    return _rewrite(tiny_weights, tmp_path / "w.safetensors", tensors=with_parts)
+
+
+def test_a_calibration_comes_back(tmp_path: Path, tiny_weights: Path):
+    offsets = torch.tensor([0.5, -2.0]).repeat(TINY.widths[1] // 2)
+    path = _calibrated(tiny_weights, tmp_path, {"int8.decoder.1.0.offsets": offsets})
+    weights = load_weights(path)
+    assert weights.calibration is not None
+    assert torch.equal(weights.calibration.offsets["decoder.1.0"], offsets)
+    assert weights.calibration.ranges["encoder.0.0"].tolist() == [1.0] * TINY.widths[0]
+    assert weights.calibration.offsets["head"].shape == (13,)
+    assert not any(name.startswith("int8.") for name in weights.tensors)
+    assert load_weights(tiny_weights).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"int8.encoder.0.0.ranges": None}, "lacks 1 tensor(s)"),
+        ({"int8.encoder.9.0.ranges": torch.ones(4)}, "holds surplus 1 tensor(s)"),
+        ({"int8.head.offsets": torch.ones(12)}, "is (12,), expected (13,)"),
+        ({"int8.encoder.0.0.ranges": torch.zeros(TINY.widths[0])}, "not positive"),
+        ({"int8.head.offsets": torch.full((13,), torch.nan)}, "not finite"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused(tmp_path, tiny_weights, change, words: str):
+    assert words in _refused(_calibrated(tiny_weights, tmp_path, change))
 
 
 def test_a_loaded_network_computes_what_the_saved_one_did(tmp_path: Path):

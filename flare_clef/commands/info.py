@@ -64,7 +64,7 @@ def _installation(path: Path | None, device: str, precision: str) -> dict[str, A
     cores = usable_cores()
     torch.set_num_threads(cores)
     chosen, why_device = choose_device(device)
-    calibrated = weights.activation_ranges is not None
+    calibrated = weights.calibration is not None
     number_format, why_format = choose_precision(precision, chosen, cores, calibrated=calibrated)
     parameters = parameter_count(weights.network())
     return {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flare_clef.calibration import Calibration
 from flare_clef.errors import UserError
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.cases import Case, read_labels
@@ -30,7 +31,7 @@ def export(
     precision: str,
     steps: int,
     hours: float,
-    activation_ranges: dict[str, float] | None = None,
+    calibration: Calibration | None = None,
     operating_points: dict[str, float] | None = None,
     mean_with: Sequence[dict[str, Any]] = (),
 ) -> None:
@@ -69,7 +70,7 @@ def export(
             grid=recipe["finetune"]["stages"][-1]["grid"],
             record=record,
             licence=recipe["export"]["licence"],
-            activation_ranges=activation_ranges,
+            calibration=calibration,
         )
         if kept_aside and table:
             check_prediction(candidate, kept_aside[0], table, precision)

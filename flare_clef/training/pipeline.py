@@ -169,18 +169,18 @@ def _export(
         trainer.log("validation.jsonl", {"step": trainer.step, "dice": table})
         run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
         run.draw(lambda: write_curves(run.folder))
-    ranges = None
+    calibration = None
     if count := min(run.recipe.export.calibration_volumes, len(trained)):
         run.say(f"calibrating 8-bit inference on {count} training volume(s)")
         # Spread over the cases, whose names often follow their sources.
         chosen = [trained[round(i * (len(trained) - 1) / max(1, count - 1))] for i in range(count)]
-        ranges = calibrate_on(network, run.prepare_here(chosen), grid)
+        calibration = calibrate_on(network, run.prepare_here(chosen), grid)
     export(
         path,
         network,
         description,
         table,
-        activation_ranges=ranges,
+        calibration=calibration,
         operating_points=points,
         trained_on=trained,
         kept_aside=aside,

@@ -99,13 +99,13 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
     exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run))
     assert exported.exit_code == 0, exported.output
     written = load_weights(run / "weights.safetensors")
-    assert written.record["steps"] == record["steps"] and written.activation_ranges is None
+    assert written.record["steps"] == record["steps"] and written.calibration is None
     arguments = ("export", str(folder / "r.toml"), "--output", str(run), "--calibrate")
     exported = call(folder, *arguments)
     assert exported.exit_code == 0, exported.output
     assert "calibrating 8-bit inference on 2 training volume(s)" in exported.output
     calibrated = load_weights(run / "weights.safetensors")
-    assert calibrated.activation_ranges and calibrated.record["operating_points"] == {}
+    assert calibrated.calibration is not None and calibrated.record["operating_points"] == {}
 
     points = ("--set", "export.operating_points=true")
     exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run), *points)
@@ -140,7 +140,7 @@ def test_two_processes_train_and_the_first_exports(folder: Path):
     done = subprocess.run(command, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written = load_weights(run / "weights.safetensors")
-    assert written.activation_ranges and len(written.record["operating_points"]) == 13
+    assert written.calibration is not None and len(written.record["operating_points"]) == 13
 
 
 def test_weights_that_predict_otherwise_are_not_exported(folder: Path, monkeypatch):
