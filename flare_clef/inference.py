@@ -11,7 +11,7 @@ only makes them thinner.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from flare_clef.network import (
     fold_upsampling,
 )
 from flare_clef.precision import PRECISIONS
-
-SLAB_SLICES = (32, 16, 8, 4, 2)
-"""Thicknesses to choose from, the fastest first."""
 
 HEAP_GAPS = 1.55
 """What blocks of unequal size leave unused between them in the heap; up to 1.51 was seen."""
@@ -80,6 +77,9 @@ class FoldedNetwork:
     ``network`` must be in evaluation mode: its running statistics are what is folded in.
     """
 
+    slab_slices: ClassVar[tuple[int, ...]] = (32, 16, 8, 4, 2)
+    """Thicknesses to choose from, the fastest first."""
+
     def __init__(self, network: SegmentationNetwork, device: torch.device, precision: str) -> None:
         self.device, self.dtype = device, PRECISIONS[precision]
         self.architecture = network.architecture
@@ -112,7 +112,7 @@ class FoldedNetwork:
 
     def plan(self, grid: tuple[int, int, int], memory_limit_bytes: int | None) -> MemoryPlan:
         """The thickest slabs that stay under the limit. Raises UserError, with the figure."""
-        plans = [MemoryPlan(n, self._peak_bytes(grid, n)) for n in SLAB_SLICES]
+        plans = [MemoryPlan(n, self._peak_bytes(grid, n)) for n in self.slab_slices]
         for candidate in plans:
             if memory_limit_bytes is None or candidate.peak_bytes <= memory_limit_bytes:
                 return candidate

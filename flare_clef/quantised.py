@@ -121,6 +121,9 @@ class _JoinedMerge:
 class QuantisedNetwork(FoldedNetwork):
     """A :class:`FoldedNetwork` on the CPU whose activations are bytes, up to ``highest``."""
 
+    # Float32 results of the last convolution leave the cache where slabs are thicker.
+    slab_slices = (8, 4, 2)
+
     def __init__(
         self, network: SegmentationNetwork, calibration: Calibration, highest: int
     ) -> None:
@@ -215,7 +218,7 @@ class QuantisedNetwork(FoldedNetwork):
         return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
 
     def _logits(self, features: Tensor) -> Tensor:
-        return super()._logits(functional.relu(features))
+        return super()._logits(functional.relu_(features))
 
 
 def joined(skip: Tensor, coarse: Tensor, first: int) -> Tensor:

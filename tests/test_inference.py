@@ -11,7 +11,6 @@ import torch
 from conftest import TINY, lively_network
 from torch.profiler import ProfilerActivity, profile
 
-from flare_clef import inference
 from flare_clef.errors import UserError
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED
@@ -29,7 +28,7 @@ DEEPER_TOP = Architecture(
 @pytest.mark.parametrize("grid", [(32, 32, 32), (36, 12, 20)])
 def test_slabs_equal_the_plain_module(architecture, slices, grid, monkeypatch):
     network = lively_network(architecture)
-    monkeypatch.setattr(inference, "SLAB_SLICES", (slices,))
+    monkeypatch.setattr(FoldedNetwork, "slab_slices", (slices,))
     volume = torch.rand(grid) * 2 - 1
     with torch.no_grad():
         plain = network(volume[None, None])[0]
@@ -112,8 +111,8 @@ def kib(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-inference.SLAB_SLICES = (int(sys.argv[1]),)
 network = inference.FoldedNetwork(SegmentationNetwork().eval(), torch.device("cpu"), "fp32")
+type(network).slab_slices = (int(sys.argv[1]),)
 volume = torch.zeros(128, 128, 128)
 # What making the network left free in the heap would hide what computing takes.
 ctypes.CDLL(None).malloc_trim(0)
