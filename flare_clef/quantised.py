@@ -134,6 +134,7 @@ class QuantisedNetwork(FoldedNetwork):
 
         def conv(block: ConvBlock, inputs: Tensor, name: str) -> IntegerConvolution:
             weight, bias = fold_norm(block)
+            # The last one has no range: float32 comes out.
             return IntegerConvolution.of(
                 weight, bias + offsets[name], inputs, ranges.get(name), highest
             )

@@ -153,7 +153,7 @@ def export(
         bool,
         typer.Option(
             "--calibrate",
-            help=f"Find the ranges for 8-bit inference on {CALIBRATION_VOLUMES} training volumes.",
+            help=f"Find ranges and offsets for 8 bits on {CALIBRATION_VOLUMES} training volumes.",
         ),
     ] = False,
     quiet: Quiet = False,

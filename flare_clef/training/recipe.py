@@ -68,7 +68,7 @@ class ExportSettings:
     licence: str = "Not stated."
     notes: str = ""
     calibration_volumes: int = 0
-    """Training volumes that tell the ranges of activations for 8-bit inference; 0: none."""
+    """Training volumes that tell ranges and offsets for 8-bit inference; 0: none."""
     operating_points: bool = False
     """Move each organ's logit to where Dice is best on the cases kept aside; where none are, on
     the training cases."""
