@@ -104,7 +104,7 @@ def test_resize_matrix_properties(size, cells):
     assert ramp[inner] == pytest.approx(expected[inner], abs=0.05)
 
 
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_body_box(order):
     array = np.full((20, 30, 40), -1000.0, np.float32)
     array[18, 4, 7] = -499

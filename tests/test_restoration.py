@@ -63,7 +63,7 @@ def test_random_shapes(seed):
     )
 
 
-@pytest.mark.parametrize("axes", permutations(range(3)))
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
 def test_every_orientation(axes):
     shape = (30, 35, 40)
     box = tuple((2, shape[a] - 3) for a in axes)
