@@ -36,7 +36,7 @@ class IntegerConvolution:
     weight_zero: Tensor
     """(out,) zeros."""
     bias: Tensor
-    """(out,) float32, in real units."""
+    """(out,) float32, in the output's units: shares of its ranges, or real ones."""
     side: int
     to_bytes: bool
     """The output is uint8, and what is negative becomes 0; else float32 in real units."""

@@ -23,7 +23,7 @@ from torch.nn import functional
 from flare_clef.calibration import HEAD, Calibration, last_layer
 from flare_clef.inference import FoldedNetwork, fold_norm
 from flare_clef.integer_convolution import IntegerConvolution, round_activation
-from flare_clef.network import ConvBlock, SegmentationNetwork, blocks, convolve
+from flare_clef.network import Architecture, ConvBlock, SegmentationNetwork, blocks, convolve
 
 _DEVIATIONS = 10.0
 """How far above its mean an activation may lie; calibrated ranges ended at 8 to 14."""
@@ -31,8 +31,11 @@ _DEVIATIONS = 10.0
 _HEAP_GAPS = 1.65
 """As :data:`flare_clef.inference.HEAP_GAPS`; bytes beside float32 leave more, 1.59 was seen."""
 
+_FIRST = "encoder.0.0"
 _POWER = 0.75
+"""Of :func:`balanced`; .5 and 1 gave larger errors (``docs/experiments.md``)."""
 _LEAST_SHARE = 1e-3
+"""Of the largest range in a layer: what a channel that was never active gets before the power."""
 _COARSE_FROM = 4
 """Level; of 12 voxels a side where the finest has 192."""
 
@@ -68,6 +71,30 @@ def calibration_from_norms(network: SegmentationNetwork) -> Calibration:
     )
 
 
+def input_ranges(architecture: Architecture, ranges: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the channels that each layer takes in, (in,), by its name: skip first, then upsampled.
+
+    ``ranges`` are those of what layers give, (out,). Not of the first layer: a scan has no range.
+    """
+    found: dict[str, Tensor] = {}
+    skips: list[Tensor] = []
+    given = torch.empty(0)
+    for level, count in enumerate(architecture.encoder_convs):
+        for number in range(count):
+            name = f"encoder.{level}.{number}"
+            if name != _FIRST:
+                found[name] = given
+            given = ranges[name]
+        skips.append(given)
+    for level, count in reversed(list(enumerate(architecture.decoder_convs))):
+        given = torch.cat([skips[level], given])
+        for number in range(count):
+            name = f"decoder.{level}.{number}"
+            found[name] = given
+            given = ranges.get(name, given)
+    return found
+
+
 def is_coarse(layer: str) -> bool:
     """Whether ``layer`` sees so few voxels that one scan tells little of another's channels.
 
@@ -101,8 +128,9 @@ class _First:
         return round_activation(convolve(x, self.weight, self.bias), self.highest)
 
 
-def _first(block: ConvBlock, ranges: Tensor, offsets: Tensor, highest: int) -> _First:
+def _first(block: ConvBlock, calibration: Calibration, highest: int) -> _First:
     weight, bias = fold_norm(block)
+    ranges, offsets = calibration.ranges[_FIRST], calibration.offsets[_FIRST]
     weight = weight / ranges.view(-1, 1, 1, 1, 1)
     weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return _First(weight, (bias + offsets) / ranges, highest)
@@ -129,44 +157,34 @@ class QuantisedNetwork(FoldedNetwork):
     ) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.architecture = network.architecture
-        backbone = network.backbone
         ranges, offsets = calibration.ranges, calibration.offsets
+        inputs = input_ranges(network.architecture, ranges)
+        named = named_blocks(network)
 
-        def conv(block: ConvBlock, inputs: Tensor, name: str) -> IntegerConvolution:
-            weight, bias = fold_norm(block)
+        def conv(name: str) -> IntegerConvolution:
+            weight, bias = fold_norm(named[name])
             # The last one has no range: float32 comes out.
             return IntegerConvolution.of(
-                weight, bias + offsets[name], inputs, ranges.get(name), highest
+                weight, bias + offsets[name], inputs[name], ranges.get(name), highest
             )
 
-        self._encoder: list[list[Callable[[Tensor], Tensor]]] = []  # type: ignore[assignment]
-        before: Tensor | None = None
-        skips: list[Tensor] = []
-        for level, stack in enumerate(blocks(backbone.encoder)):
-            made: list[Callable[[Tensor], Tensor]] = []
-            for number, block in enumerate(stack):
-                name = f"encoder.{level}.{number}"
-                if before is not None:
-                    made.append(conv(block, before, name))
-                else:
-                    made.append(_first(block, ranges[name], offsets[name], highest))
-                before = ranges[name]
-            self._encoder.append(made)
-            skips.append(ranges[name])
-
-        self._merges: list[_JoinedMerge] = []  # type: ignore[assignment]
-        self._decoder: list[list[IntegerConvolution]] = []  # type: ignore[assignment]
-        coarse = skips[-1]
-        for level, stack in reversed(list(enumerate(blocks(backbone.decoder)))):
-            inputs = torch.cat([skips[level], coarse])
-            made_here = []
-            for number, block in enumerate(stack):
-                name = f"decoder.{level}.{number}"
-                made_here.append(conv(block, inputs, name))
-                inputs = ranges.get(name, inputs)
-            coarse = inputs
-            self._merges.insert(0, _JoinedMerge(made_here[0]))
-            self._decoder.insert(0, made_here[1:])
+        self._encoder: list[list[Callable[[Tensor], Tensor]]] = [  # type: ignore[assignment]
+            [
+                conv(name) if name != _FIRST else _first(named[name], calibration, highest)
+                for name in (f"encoder.{level}.{number}" for number in range(count))
+            ]
+            for level, count in enumerate(self.architecture.encoder_convs)
+        ]
+        decoder = [
+            [conv(f"decoder.{level}.{number}") for number in range(count)]
+            for level, count in enumerate(self.architecture.decoder_convs)
+        ]
+        self._merges: list[_JoinedMerge] = [  # type: ignore[assignment]
+            _JoinedMerge(stack[0]) for stack in decoder
+        ]
+        self._decoder: list[list[IntegerConvolution]] = [  # type: ignore[assignment]
+            stack[1:] for stack in decoder
+        ]
 
         self._head = [
             (

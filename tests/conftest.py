@@ -17,6 +17,10 @@ TINY = Architecture(
     widths=(4, 8, 16), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=4
 )
 TINY_GRID = 32
+TINY_INT8 = Architecture(
+    widths=(16, 32, 48), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=16
+)
+"""The least that 8-bit convolutions take."""
 
 
 def lively_network(architecture: Architecture = TINY, seed: int = 2) -> SegmentationNetwork:
@@ -58,6 +62,13 @@ def body_hu(shape: tuple[int, int, int] = (20, 40, 44), seed: int = 0) -> np.nda
     hu[lump < 0.09] = 180
     noise = np.random.default_rng(seed).normal(0, 12, shape)
     return np.where(radius < 1, hu + noise, hu).astype(np.int16)
+
+
+def body_volume() -> torch.Tensor:
+    """:func:`body_hu` prepared for the network: (z, y, x) of ``TINY_GRID``, in (-1, 1)."""
+    prepared = prepare(body_hu(), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), TINY_GRID)
+    assert prepared is not None
+    return prepared[0]
 
 
 def write_scan(path: Path, hu: np.ndarray | None = None, **geometry: tuple[float, ...]) -> Path:

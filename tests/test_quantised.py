@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_GRID, body_hu, lively_network, write_scan
+from conftest import TINY_INT8, TINY_GRID, body_volume, lively_network, write_scan
 from test_inference import PEAK
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -18,8 +18,6 @@ from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED, highest_activation
-from flare_clef.network import Architecture
-from flare_clef.preparation import prepare
 from flare_clef.quantised import (
     QuantisedNetwork,
     balanced,
@@ -31,24 +29,15 @@ from flare_clef.segmenter import Segmenter
 from flare_clef.training.calibration import calibrate
 from flare_clef.weights import load_weights, save_weights
 
-SMALL = Architecture(
-    widths=(16, 32, 48), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=16
-)
 HIGHEST = highest_activation() or REDUCED
 pytestmark = pytest.mark.skipif(
     highest_activation() is None, reason="this torch has no 8-bit convolution"
 )
 
 
-def body_volume() -> torch.Tensor:
-    prepared = prepare(body_hu(), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), TINY_GRID)
-    assert prepared is not None
-    return prepared[0]
-
-
 @pytest.fixture(scope="module")
 def calibrated():
-    network = lively_network(SMALL)
+    network = lively_network(TINY_INT8)
     return network, calibrate(network, [lambda: body_volume()[None, None]])
 
 
@@ -86,7 +75,7 @@ def test_logits_are_near_those_of_float32(calibrated, highest: int):
 
 
 def test_calibration_from_norms_by_hand():
-    network = lively_network(SMALL)
+    network = lively_network(TINY_INT8)
     block = named_blocks(network)["encoder.1.0"]
     with torch.no_grad():
         block.norm.bias.copy_(torch.linspace(-1, 1, 32))
@@ -97,7 +86,9 @@ def test_calibration_from_norms_by_hand():
     assert float(found.ranges["encoder.1.0"][0]) == pytest.approx(19)
     assert float(found.ranges["encoder.1.0"][-1]) == pytest.approx(19 * (6 / 19) ** 0.75)
     assert not any(offsets.any() for offsets in found.offsets.values())
-    assert {name: value.shape for name, value in found.tensors().items()} == tensor_shapes(SMALL)
+    assert {name: value.shape for name, value in found.tensors().items()} == tensor_shapes(
+        TINY_INT8
+    )
 
 
 def test_balanced_lies_between_one_range_and_each_its_own():

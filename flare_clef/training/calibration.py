@@ -17,15 +17,15 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flare_clef.calibration import HEAD, Calibration, last_layer
 from flare_clef.integer_convolution import FULL, round_weight
-from flare_clef.network import SegmentationNetwork, blocks
-from flare_clef.quantised import balanced, is_coarse, named_blocks
+from flare_clef.network import SegmentationNetwork
+from flare_clef.quantised import balanced, input_ranges, is_coarse, named_blocks
 from flare_clef.training.batches import batch_of
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.finetuning_plan import Stage
@@ -163,20 +163,9 @@ def _offsets(
 def _rounded(network: SegmentationNetwork, ranges: dict[str, Tensor]) -> SegmentationNetwork:
     """``network`` with weights rounded as :class:`~flare_clef.quantised.QuantisedNetwork`'s."""
     rounded = copy.deepcopy(network)
-    before: Tensor | None = None
-    skips: list[Tensor] = []
-    for level, stack in enumerate(blocks(rounded.backbone.encoder)):
-        for number, block in enumerate(stack):
-            if before is not None:
-                _round(block.conv, before)
-            before = ranges[f"encoder.{level}.{number}"]
-        skips.append(cast(Tensor, before))
-    before = skips[-1]
-    for level, stack in reversed(list(enumerate(blocks(rounded.backbone.decoder)))):
-        before = torch.cat([skips[level], before])
-        for number, block in enumerate(stack):
-            _round(block.conv, before)
-            before = ranges.get(f"decoder.{level}.{number}", before)
+    named = named_blocks(rounded)
+    for name, inputs in input_ranges(network.architecture, ranges).items():
+        _round(named[name].conv, inputs)
     return rounded
 
 

@@ -6,20 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_GRID, body_hu, lively_network
+from conftest import TINY_INT8, body_volume, lively_network
 
 from flare_clef.calibration import HEAD, Calibration, tensor_shapes
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, highest_activation
-from flare_clef.network import Architecture
-from flare_clef.preparation import prepare
 from flare_clef.quantised import QuantisedNetwork, named_blocks
 from flare_clef.training import calibration as module
 from flare_clef.training.calibration import BINS, best_ranges, calibrate
 
-SMALL = Architecture(
-    widths=(16, 32, 48), encoder_convs=(1, 2, 2), decoder_convs=(1, 2), head_channels=16
-)
 full_bits = pytest.mark.skipif(
     highest_activation() != FULL, reason="this processor or torch has no 8-bit activations"
 )
@@ -27,14 +22,12 @@ full_bits = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def volume() -> torch.Tensor:
-    prepared = prepare(body_hu(), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0), TINY_GRID)
-    assert prepared is not None
-    return prepared[0]
+    return body_volume()
 
 
 @pytest.fixture(scope="module")
 def network():
-    return lively_network(SMALL)
+    return lively_network(TINY_INT8)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ def test_best_ranges_clip_what_is_rare_and_nothing_else():
 
 def test_calibration_fits_the_network_and_sees_what_its_blocks_give(network, calibration, volume):
     tensors = calibration.tensors()
-    assert {name: value.shape for name, value in tensors.items()} == tensor_shapes(SMALL)
+    assert {name: value.shape for name, value in tensors.items()} == tensor_shapes(TINY_INT8)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         block.register_forward_hook(
