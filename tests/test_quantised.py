@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_INT8, TINY_GRID, body_volume, lively_network, write_scan
+from conftest import TINY_GRID, TINY_INT8, body_volume, lively_network, write_scan
 from test_inference import PEAK
 from torch.nn import functional
 from typer.testing import CliRunner
