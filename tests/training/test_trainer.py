@@ -338,7 +338,7 @@ def test_train_finetune_learns_and_predict_uses_it(tmp_path: Path):
         ["train", "finetune", str(tmp_path / "r.toml"), "--output", str(tmp_path / "run"),
          "--precision", "fp32", "--threads", "1"],
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0, (done.output, done.exc_info)
     segmenter = Segmenter(tmp_path / "run" / "weights.safetensors", precision="fp32")
     assert segmenter.weights.record["trained_on"].keys() == {"c0", "c1", "c2"}
     found = segmenter.predict(tmp_path / "data" / "images" / "c3_0000.nii.gz")
