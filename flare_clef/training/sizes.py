@@ -51,8 +51,8 @@ def change_sizes(
             continue
         share = float(torch.rand((), generator=generator))
         factor = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-        bytes_of = torch.from_numpy((organ == CLASSES).nonzero()[0]).to(labels.dtype)
-        change_size(image, labels, torch.isin(labels, bytes_of), factor)
+        mask = (torch.from_numpy(CLASSES) == organ)[labels.int()]
+        change_size(image, labels, mask, factor)
     return image, labels
 
 
