@@ -20,7 +20,6 @@ from flare_clef.training.contents import fill_organs
 from flare_clef.training.doubt import CLASSES
 from flare_clef.training.resampling import AIR, WHOLE, resample
 from flare_clef.training.short_pieces import draw_piece
-from flare_clef.training.sizes import change_sizes
 
 _HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
 """One HU on the scale of prepared volumes."""
@@ -67,8 +66,6 @@ class AugmentationSettings:
     """The same for organs with contents: gallbladder, esophagus, stomach, duodenum."""
     contents_probability: float = 0.0
     """How often gallbladder and stomach, each, get stones, a layer or other contents."""
-    size_probability: float = 0.0
-    """How often organs that differ in size, each by itself, get another one."""
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -319,8 +316,6 @@ def augment(
     """
     if settings is None and not block and tuple(image.shape) == size:
         return image.float(), labels
-    if settings is not None and settings.size_probability:
-        image, labels = change_sizes(image, labels, settings.size_probability, generator)
     image, labels = deform(image, labels, size, settings, generator, block, height_mm)
     if settings is not None:
         if settings.organ_probability:
