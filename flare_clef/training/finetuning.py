@@ -64,10 +64,13 @@ class FinetuningObjective(nn.Module):
     def forward(self, batch: LabelledBatch) -> tuple[Tensor, dict[str, Any]]:
         with forward_precision(self.precision, batch.image.device.type):
             logits = self.network(batch.image)
-        loss_function = softmax_dice_loss if self.plan.loss == "softmax" else sigmoid_dice_loss
-        loss, terms = loss_function(
-            logits, batch.labels, batch.labelled, self.plan.ce_share, self.plan.dice_share
-        )
+        shares = self.plan.ce_share, self.plan.dice_share
+        if self.plan.loss == "softmax":
+            loss, terms = softmax_dice_loss(
+                logits, batch.labels, batch.labelled, *shares, self.plan.ce_balance
+            )
+        else:
+            loss, terms = sigmoid_dice_loss(logits, batch.labels, batch.labelled, *shares)
         dice = [None if math.isnan(d) else round(d, 4) for d in terms.dice_per_organ.tolist()]
         return loss, {"ce": terms.cross_entropy, "dice_loss": terms.dice_loss, "dice": dice}
 

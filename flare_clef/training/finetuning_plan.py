@@ -46,6 +46,9 @@ class FinetuningPlan:
     """``softmax``: organs compete, see :func:`softmax_dice_loss`; ``sigmoid``: the paper's."""
     ce_share: float = 1.0
     dice_share: float = 1.0
+    ce_balance: float = 0.5
+    """``softmax`` alone: a class of n voxels weighs n ** -ce_balance a voxel in the cross entropy
+    (:func:`flare_clef.training.losses.balanced_weights`); 0: every voxel weighs the same."""
     repeats: dict[str, float] = field(default_factory=dict)
     """How often a case is drawn, relative to 1 for those not named. A name or a pattern, as
     ``*_as_*``; a case's own name goes before patterns, the first of these before the others."""

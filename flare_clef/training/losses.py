@@ -8,6 +8,7 @@ in all sums below. ``labelled`` says for each of the 13 organs whether this case
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,15 +153,16 @@ def _probabilities(chunk: Tensor, group: Tensor) -> Tensor:
     return _merge(_softmax(chunk), group)
 
 
-def balanced_weights(counts: Tensor) -> Tensor:
-    """Cross-entropy weight per voxel of each class: proportional to count ** -0.5.
+def balanced_weights(counts: Tensor, exponent: float = 0.5) -> Tensor:
+    """Cross-entropy weight per voxel of each class: proportional to count ** -exponent.
 
     ``counts`` are the (weighted) voxels of each class in the volume. Normalised so that the
     weights of all voxels sum to one. With equal weights background alone decides, and an
     adrenal gland (some 300 of 7 M voxels at 192^3) can be forgotten at no cost; with 1/count a
-    single voxel of it would outweigh 10,000 of liver.
+    single voxel of it would outweigh 10,000 of liver. The price of any exponent above 0: what is
+    learnt of a doubtful voxel leans towards the rarer class, so that organs come out too large.
     """
-    weights = counts.clamp_min(1).rsqrt()
+    weights = counts.clamp_min(1) ** -exponent
     weights = torch.where(counts > 0, weights, torch.zeros_like(weights))
     return weights / (weights * counts).sum().clamp_min(1e-12)
 
@@ -171,6 +173,7 @@ def softmax_dice_loss(
     labelled: Tensor,
     ce_share: float = 1.0,
     dice_share: float = 1.0,
+    ce_balance: float = 0.5,
 ) -> tuple[Tensor, LossTerms]:
     """Cross entropy + Dice over (0, x1 ... x13), where organs compete.
 
@@ -181,11 +184,11 @@ def softmax_dice_loss(
     becomes p0 + p_unlabelled, so nothing is said about which of them a voxel is.
 
     Dice is 1 - mean over the labelled organs of (2 sum(p g) + 1) / (sum(p) + sum(g) + 1),
-    sums over all voxels of the volume; cross entropy is weighted by :func:`balanced_weights`.
+    sums over all voxels of the volume; cross entropy is weighted by :func:`balanced_weights`
+    with the exponent ``ce_balance``.
     """
-    loss, terms = _SoftmaxDice.apply(
-        logits, labels, labelled, balanced_weights, ce_share, dice_share
-    )
+    weights = partial(balanced_weights, exponent=ce_balance)
+    loss, terms = _SoftmaxDice.apply(logits, labels, labelled, weights, ce_share, dice_share)
     return loss, LossTerms(float(terms[0]), float(terms[1]), terms[2:])
 
 

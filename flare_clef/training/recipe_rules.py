@@ -74,6 +74,7 @@ def problem_of(recipe: Recipe) -> str | None:
         ("finetune.seed", plan.seed, 0 <= plan.seed <= _LARGEST_SEED, f"0 to {_LARGEST_SEED}"),
         ("finetune.ce_share", plan.ce_share, plan.ce_share >= 0, "0 or more"),
         ("finetune.dice_share", plan.dice_share, plan.dice_share >= 0, "0 or more"),
+        ("finetune.ce_balance", plan.ce_balance, 0 <= plan.ce_balance <= 1, "0 to 1"),
         ("finetune.batch", plan.batch, plan.batch >= 1, "1 or more"),
         ("finetune.patience_epochs", plan.patience_epochs, plan.patience_epochs >= 0,
          "0 or more"),

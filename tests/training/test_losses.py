@@ -17,7 +17,7 @@ from flare_clef.training.losses import (
 ALL = torch.ones(13, dtype=torch.bool)
 
 
-def plain_softmax_dice(logits, labels, labelled):
+def plain_softmax_dice(logits, labels, labelled, ce_balance):
     """The docstring's formulas, one class after the other, differentiated by torch."""
     p = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)[0].flatten(1)
     weight = torch.from_numpy(WEIGHTS)[labels.flatten().long()]
@@ -27,7 +27,7 @@ def plain_softmax_dice(logits, labels, labelled):
     background = p[0] + p[missing].sum(0)
     classes = {0: background, **{k: p[k] for k in organs}}
     counts = {k: float(((truth == k) * weight).sum()) for k in classes}
-    raw = {k: max(1, counts[k]) ** -0.5 for k in classes}
+    raw = {k: max(1, counts[k]) ** -ce_balance for k in classes}
     total = sum(raw[k] * counts[k] for k in classes)
     entropy = sum(
         -(raw[k] / total) * ((truth == k) * weight * classes[k].log()).sum() for k in classes
@@ -42,7 +42,8 @@ def plain_softmax_dice(logits, labels, labelled):
 
 @pytest.mark.parametrize("missing", [(), (11,), (3, 11, 12)])
 @pytest.mark.parametrize(("undecided", "doubt"), [(False, False), (True, False), (True, True)])
-def test_fused_value_and_gradient_equal_torchs(missing, undecided, doubt, monkeypatch):
+@pytest.mark.parametrize("ce_balance", [0.5, 0.0])
+def test_fused_value_and_gradient_equal_torchs(missing, undecided, doubt, ce_balance, monkeypatch):
     monkeypatch.setattr("flare_clef.training.losses._CHUNK_VOXELS", 50)
     torch.manual_seed(0)
     logits = (torch.randn(1, 13, 5, 6, 7) * 2).requires_grad_()
@@ -56,8 +57,8 @@ def test_fused_value_and_gradient_equal_torchs(missing, undecided, doubt, monkey
         labels += 16 * torch.randint(0, 15, (5, 6, 7)).to(torch.uint8)
     if undecided:
         labels[1, 2:5] = UNDECIDED
-    plain = plain_softmax_dice(logits, labels, labelled)
-    fused, terms = softmax_dice_loss(logits, labels, labelled)
+    plain = plain_softmax_dice(logits, labels, labelled, ce_balance)
+    fused, terms = softmax_dice_loss(logits, labels, labelled, ce_balance=ce_balance)
     assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
     assert terms.cross_entropy + terms.dice_loss == pytest.approx(plain.item(), rel=1e-5)
     (wanted,) = torch.autograd.grad(plain, logits)
@@ -116,3 +117,8 @@ def test_balanced_weights():
     weights = balanced_weights(torch.tensor([900.0, 100.0, 0.0]).double())
     # 1/30 and 1/10, normalised so that 900 and 100 voxels of them sum to one: 30 + 10 = 40.
     assert weights.tolist() == pytest.approx([1 / 30 / 40, 1 / 10 / 40, 0])
+
+
+def test_equal_weights_are_the_mean_over_voxels():
+    weights = balanced_weights(torch.tensor([900.0, 100.0, 0.0]).double(), exponent=0)
+    assert weights.tolist() == pytest.approx([1e-3, 1e-3, 0])

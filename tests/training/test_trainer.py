@@ -94,6 +94,8 @@ def test_bad_pairs_are_named(tmp_path: Path):
          "[finetune]\nstages = [{grid = 64, steps = 1}]", "leave one out"),
         ("[finetune]\nce_share = -1.0\nstages = [{grid = 64, steps = 1}]",
          "finetune.ce_share = -1.0: must be 0 or more"),
+        ("[finetune]\nce_balance = 1.5\nstages = [{grid = 64, steps = 1}]",
+         "finetune.ce_balance = 1.5: must be 0 to 1"),
         ("[finetune]\nce_share = 0\ndice_share = 0\nstages = [{grid = 64, steps = 1}]",
          "ce_share = 0.0 and dice_share = 0.0: one must be above 0"),
         ("[finetune]\nseed = 99999999999999999999\nstages = [{grid = 64, steps = 1}]",
