@@ -30,16 +30,20 @@ _WINNER_SLICES = 16
 
 
 def restore(
-    logits: Tensor, placement: Placement, organs: Collection[int] | None = None
+    logits: Tensor,
+    placement: Placement,
+    organs: Collection[int] | None = None,
+    winners: Tensor | None = None,
 ) -> np.ndarray:
     """Labels, uint8, of ``placement.shape`` (stored axes); 0 outside the body box.
 
     ``logits``: (13, z, y, x) on ``placement.grid``, any float type, any device; fastest with
     channels innermost in memory. ``organs`` keeps only these label values: the decision is
-    made among all 13, and what falls to the others becomes 0.
+    made among all 13, and what falls to the others becomes 0. ``winners``: what
+    :func:`winners_of` gives, where it is known.
     """
     nodes = logits.detach().to("cpu").permute(1, 2, 3, 0).contiguous()
-    cells = _decided_cells(_winners(nodes))
+    cells = _decided_cells(winners_of(nodes) if winners is None else winners)
     flat = nodes.view(-1, nodes.shape[-1])
     axes = [_Axis(n, g) for n, g in zip(placement.box_shape, placement.grid, strict=True)]
     keep = _kept(organs)
@@ -108,18 +112,18 @@ def _kept(organs: Collection[int] | None) -> np.ndarray:
     return keep
 
 
-def _best(values: Tensor) -> Tensor:
-    """(n, 13) logits to (n,) labels: section 2.3 for a row of 13 numbers."""
+def decide(values: Tensor) -> Tensor:
+    """(n, 13) logits to (n,) labels, uint8: section 2.3 for a row of 13 numbers."""
     top, channel = values.max(dim=1)
     return torch.where(top >= 0, channel + 1, 0).to(torch.uint8)
 
 
-def _winners(nodes: Tensor) -> Tensor:
-    """(z, y, x, 13) logits to the label at every node."""
+def winners_of(nodes: Tensor) -> Tensor:
+    """(z, y, x, 13) logits to the label at every node, (z, y, x), uint8, on the CPU."""
     # Few large operations: of many small ones each waits for every thread to be scheduled,
     # which on a busy machine took a hundred times as long as the work itself.
-    parts = [_best(slices.reshape(-1, nodes.shape[-1])) for slices in nodes.split(_WINNER_SLICES)]
-    return torch.cat(parts).view(nodes.shape[:3])
+    parts = [decide(slices.reshape(-1, nodes.shape[-1])) for slices in nodes.split(_WINNER_SLICES)]
+    return torch.cat(parts).view(nodes.shape[:3]).cpu()
 
 
 def _decided_cells(winners: Tensor) -> Tensor:
@@ -158,4 +162,4 @@ def _decide(found: Tensor, flat: Tensor, along_z: _Axis, along_y: _Axis, along_x
                 value.addcmul_(
                     flat[base + along_x.high[x]].float(), (weight * along_x.weight[x])[:, None]
                 )
-        found.view(-1)[index] = _best(value)
+        found.view(-1)[index] = decide(value)

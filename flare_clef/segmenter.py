@@ -24,6 +24,7 @@ from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
 from flare_clef.restoration import mean_confidence, restore
+from flare_clef.stray_parts import drop_stray_parts
 from flare_clef.weights import load_weights
 from flare_clef.writing import labels_to_sitk
 
@@ -62,6 +63,8 @@ class Segmenter:
     ``threads``: CPU threads, by default the cores that this process may use.
     ``memory_limit_bytes``: on the CPU the RAM above the loaded program, on a GPU device
     memory; by default what is free (CPU) or the challenge's 2048 MB in total (GPU).
+    ``keep_strays``: small parts apart from an organ's main part stay, as the network has them
+    (:mod:`flare_clef.stray_parts`).
     Raises :class:`~flare_clef.errors.UserError` where one of them cannot be had.
     """
 
@@ -73,6 +76,7 @@ class Segmenter:
         precision: str = "auto",
         threads: int | None = None,
         memory_limit_bytes: int | None = None,
+        keep_strays: bool = False,
     ) -> None:
         keep_memory()
         if threads is not None and threads < 1:
@@ -80,6 +84,7 @@ class Segmenter:
         self.threads = threads or usable_cores()
         torch.set_num_threads(self.threads)
         self.memory_limit_bytes = memory_limit_bytes
+        self.keep_strays = keep_strays
         self.weights = load_weights(Path(weights) if weights is not None else None)
         self.device, self.device_reason = choose_device(device)
         self.precision, self.precision_reason = choose_precision(
@@ -183,7 +188,8 @@ class Segmenter:
         logits = self._network(volume, memory_limit_bytes=limit)
 
         clock.begin("restore")
-        labels = restore(logits, placement, wanted)
+        winners = None if self.keep_strays else drop_stray_parts(logits)
+        labels = restore(logits, placement, wanted, winners)
         clock.end()
 
         warnings = image.warnings

@@ -84,11 +84,23 @@ def test_largest_part_only(scans: Path, tmp_path: Path, tiny_weights: Path):
     assert np.array_equal(after[after > 0], before[after > 0])
 
 
+def test_strays_go_unless_they_are_kept(scans: Path, tmp_path: Path, tiny_weights: Path):
+    """What goes and what stays: tests/test_stray_parts.py. Here, that the option reaches it."""
+    for name in ("none", "strays"):
+        predict(scans, tmp_path / name, tiny_weights, "--postprocess", name)
+    predict(scans, tmp_path / "default", tiny_weights)
+    none, strays, default = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name / "a.nii.gz")))
+        for name in ("none", "strays", "default")
+    )
+    assert np.array_equal(strays, default) and not np.array_equal(strays, none)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--format", "jpeg"), "--format jpeg: unknown; known are nifti, nrrd, mha, dicom-seg"),
-        (("--postprocess", "all"), "--postprocess all: unknown"),
+        (("--postprocess", "all"), "--postprocess all: unknown; known are none, strays, largest"),
     ],
 )
 def test_mistakes(scans: Path, tmp_path: Path, options, words):

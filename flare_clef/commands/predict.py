@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flare_clef.resources import ConsecutiveStages
 
 LABELS, BESIDE = "The labels", "Beside the labels"
+_POSTPROCESS = ("none", "strays", "largest")
 
 
 def predict(
@@ -125,13 +126,14 @@ def predict(
         ),
     ] = None,
     postprocess: Annotated[
-        str | None,
+        str,
         typer.Option(
-            metavar="largest",
+            metavar="none|strays|largest",
             rich_help_panel=LABELS,
-            help="Keep only the largest part of each organ but the aorta; by default all parts.",
+            help="strays: small parts apart from an organ's main part go; largest: all but the "
+            "largest part of each organ but the aorta; none: all parts stay.",
         ),
-    ] = None,
+    ] = "strays",
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -213,6 +215,7 @@ def predict(
             precision=precision,
             threads=threads,
             memory_limit_bytes=limit_bytes,
+            keep_strays=postprocess == "none",
         )
         progress.line(
             f"{segmenter.device} ({segmenter.device_reason}), "
@@ -254,14 +257,15 @@ def _start_profile(path: Path) -> ConsecutiveStages:
     return ConsecutiveStages(profiler)
 
 
-def _check_outputs(form: str | None, postprocess: str | None, *, report: bool) -> None:
+def _check_outputs(form: str | None, postprocess: str, *, report: bool) -> None:
     """What can be known to fail before anything is computed. Raises UserError."""
     from importlib.util import find_spec
 
     from flare_clef.errors import UsageError, UserError
 
-    if postprocess not in (None, "largest"):
-        raise UsageError(f"--postprocess {postprocess}: unknown; known is largest")
+    if postprocess not in _POSTPROCESS:
+        known = ", ".join(_POSTPROCESS)
+        raise UsageError(f"--postprocess {postprocess}: unknown; known are {known}")
     if report and find_spec("PIL") is None:
         raise UserError('--report: Pillow is missing; pip install "flare-clef[report]"')
     if form == "dicom-seg" and find_spec("highdicom") is None:

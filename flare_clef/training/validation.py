@@ -14,6 +14,7 @@ from flare_clef.network import SegmentationNetwork
 from flare_clef.organs import ORGANS
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
+from flare_clef.stray_parts import drop_stray_parts
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 
@@ -42,7 +43,9 @@ def validate(
         if prepared is None:
             continue
         volume, placement = prepared
-        labels = restore(folded(volume), placement)
+        logits = folded(volume)
+        winners = drop_stray_parts(logits)
+        labels = restore(logits, placement, winners=winners)
         labels[reference.array == UNDECIDED] = 0
         scores = dice_per_organ(labels, reference.array, case.organs)
         table[case.name] = {name: round(value, 4) for name, value in scores.items()}

@@ -14,6 +14,7 @@ from flare_clef.inference import FoldedNetwork
 from flare_clef.organs import ORGANS
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
+from flare_clef.stray_parts import drop_stray_parts
 from flare_clef.training.cases import Case
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.validation import means, validate
@@ -24,7 +25,8 @@ def test_undecided_voxels_are_not_judged(tmp_path: Path):
     path = write_scan(tmp_path / "a_0000.nii.gz", body_hu())
     scan = read_image(path)
     volume, placement = prepare(scan.array, scan.direction, TINY_GRID, spacing_mm=scan.spacing_mm)
-    predicted = restore(FoldedNetwork(network, torch.device("cpu"), "fp32")(volume), placement)
+    logits = FoldedNetwork(network, torch.device("cpu"), "fp32")(volume)
+    predicted = restore(logits, placement, winners=drop_stray_parts(logits))
     counts = np.bincount(predicted.ravel(), minlength=14)
     one, two = (int(i) + 1 for i in np.argsort(counts[1:])[-2:])
     names = {organ.index: organ.name for organ in ORGANS}
