@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from flare_clef.images import Image
+from flare_clef.label_parts import Box, masks_in_boxes, part_sizes
 from flare_clef.organs import ORGANS, Organ
 from flare_clef.preparation import canonical_axes
 
@@ -103,32 +103,20 @@ def measure(
     """
     axes, flips = canonical_axes(image.direction)
     wanted = [o for o in ORGANS if organs is None or o.index in organs]
-    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
-    found, centres = [], {}
-    for organ in wanted:
-        slices = np.flatnonzero(counts[:, organ.index])
-        if len(slices) == 0:
-            found.append(OrganMeasurement(organ.name, organ.index, 0.0))
-            continue
-        box, mask = _box(labels, organ.index, int(slices[0]), int(slices[-1]) + 1)
+    found = {o.index: OrganMeasurement(o.name, o.index, 0.0) for o in wanted}
+    centres = {}
+    for index, box, mask in masks_in_boxes(labels, found):
+        organ = ORGANS[index - 1]
         centres[organ.name] = _centre_mm(mask, box, image)
         one = _measure_organ(organ, mask, box, image, axes, flips)
-        if confidence is not None and organ.index in confidence:
-            one = replace(one, confidence=round(confidence[organ.index], 4))
-        found.append(replace(one, warnings=_organ_warnings(one)))
-    return CaseMeasurement(case, tuple(found), _case_warnings(found, centres))
+        if confidence is not None and index in confidence:
+            one = replace(one, confidence=round(confidence[index], 4))
+        found[index] = replace(one, warnings=_organ_warnings(one))
+    organs_found = tuple(found.values())
+    return CaseMeasurement(case, organs_found, _case_warnings(organs_found, centres))
 
 
-def _box(labels: np.ndarray, index: int, first: int, last: int) -> tuple[Any, np.ndarray]:
-    """Slices (z, y, x) of the smallest box that holds a label, and its mask in that box."""
-    mask = labels[first:last] == index
-    flat = mask.any(axis=0)
-    y, x = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
-    rows, columns = slice(int(y[0]), int(y[-1]) + 1), slice(int(x[0]), int(x[-1]) + 1)
-    return (slice(first, last), rows, columns), np.ascontiguousarray(mask[:, rows, columns])
-
-
-def _centre_mm(mask: np.ndarray, box: Any, image: Image) -> np.ndarray:
+def _centre_mm(mask: np.ndarray, box: Box, image: Image) -> np.ndarray:
     """Centre of mass in LPS mm."""
     index = []
     for axis in range(3):
@@ -141,7 +129,7 @@ def _centre_mm(mask: np.ndarray, box: Any, image: Image) -> np.ndarray:
 def _measure_organ(
     organ: Organ,
     mask: np.ndarray,
-    box: Any,
+    box: Box,
     image: Image,
     axes: tuple[int, int, int],
     flips: tuple[bool, bool, bool],
@@ -182,18 +170,6 @@ def _hu(values: np.ndarray) -> dict[str, Any]:
         "hu_median": median, "hu_p75": third, "hu_p95": high,
     }  # fmt: skip
     return {name: round(float(value), 2) for name, value in figures.items()}
-
-
-def part_sizes(mask: np.ndarray) -> np.ndarray:
-    """Voxels of each connected part of a mask (z, y, x), the largest first."""
-    sizes = np.bincount(connected_parts(mask).ravel())[1:]
-    return np.sort(sizes)[::-1]
-
-
-def connected_parts(mask: np.ndarray) -> np.ndarray:
-    """Numbers the parts of a mask from 1; voxels touch by a face, an edge or a corner."""
-    image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    return sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
 
 
 def _organ_warnings(one: OrganMeasurement) -> tuple[str, ...]:

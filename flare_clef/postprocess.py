@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flare_clef.measurements import connected_parts
+from flare_clef.label_parts import connected_parts, masks_in_boxes
 from flare_clef.organs import ORGANS
 
 SINGLE = tuple(organ for organ in ORGANS if organ.name != "aorta")
@@ -21,18 +21,9 @@ def keep_largest(labels: np.ndarray) -> np.ndarray:
 
     (z, y, x), uint8; voxels touch by a face, an edge or a corner. The first of equals stays.
     """
-    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
-    for organ in SINGLE:
-        slices = np.flatnonzero(counts[:, organ.index])
-        if len(slices) == 0:
-            continue
-        slab = labels[slices[0] : slices[-1] + 1]
-        mask = slab == organ.index
-        flat = mask.any(axis=0)
-        y, x = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
-        box = (slice(None), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1))
-        parts = connected_parts(mask[box])
+    for _, box, mask in masks_in_boxes(labels, [organ.index for organ in SINGLE]):
+        parts = connected_parts(mask)
         sizes = np.bincount(parts.ravel())
         sizes[0] = 0
-        slab[box][(parts > 0) & (parts != sizes.argmax())] = 0
+        labels[box][(parts > 0) & (parts != sizes.argmax())] = 0
     return labels

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flare_clef.measurements import connected_parts
+from flare_clef.label_parts import connected_parts, masks_in_boxes
 from flare_clef.organs import ORGANS
 from flare_clef.restoration import decide, winners_of
 
@@ -44,40 +44,29 @@ def _drop(logits: Tensor) -> Tensor:
     nodes = logits.permute(1, 2, 3, 0)
     winners = winners_of(nodes)
     labels = winners.numpy()
-    to_look_at = set(np.unique(labels).tolist()) - {0}
+    to_look_at = {organ.index for organ in ORGANS}
     for _ in range(_ROUNDS):
         receivers: set[int] = set()
-        for organ in sorted(to_look_at):
-            stray = _stray_nodes(labels, organ)
-            if stray is None:
+        for organ, box, mask in masks_in_boxes(labels, sorted(to_look_at)):
+            stray = _stray_nodes(mask, SMALLEST_SHARE[organ])
+            if len(stray[0]) == 0:
                 continue
-            z, y, x = (torch.from_numpy(axis).to(logits.device) for axis in stray)
+            place = tuple(axis + side.start for axis, side in zip(stray, box, strict=True))
+            z, y, x = (torch.from_numpy(axis).to(logits.device) for axis in place)
             logits[organ - 1, z, y, x] = REFUSED
-            found = decide(nodes[z, y, x]).cpu().numpy()
-            labels[stray] = found
-            receivers |= set(np.unique(found).tolist())
+            labels[place] = found = decide(nodes[z, y, x]).cpu().numpy()
+            receivers |= set(found.tolist())
         to_look_at = receivers - {0}
         if not to_look_at:
             break
     return winners
 
 
-def _stray_nodes(labels: np.ndarray, organ: int) -> tuple[np.ndarray, ...] | None:
-    """(z, y, x) of the nodes of all stray parts; None where there are none."""
-    mask = labels == organ
-    bounds = []
-    for axis in range(3):
-        along = np.flatnonzero(mask.any(axis=tuple(k for k in range(3) if k != axis)))
-        if len(along) == 0:
-            return None
-        bounds.append((int(along[0]), int(along[-1]) + 1))
-    parts = connected_parts(mask[tuple(slice(*bound) for bound in bounds)])
+def _stray_nodes(mask: np.ndarray, smallest_share: float) -> tuple[np.ndarray, ...]:
+    """(z, y, x) of the nodes of all parts below that share of the largest."""
+    parts = connected_parts(mask)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    stray = sizes < SMALLEST_SHARE[organ] * sizes.max()
+    stray = sizes < smallest_share * sizes.max()
     stray[0] = False
-    if not stray.any():
-        return None
-    return tuple(
-        axis + bound[0] for axis, bound in zip(np.nonzero(stray[parts]), bounds, strict=True)
-    )
+    return np.nonzero(stray[parts]) if stray.any() else (np.empty(0, np.int64),) * 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flare_clef.images import image_from_array
-from flare_clef.measurements import measure, part_sizes
+from flare_clef.measurements import measure
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.restoration import mean_confidence
 
@@ -38,12 +38,6 @@ def test_volume_hu_box_and_parts():
     assert (liver.parts, liver.largest_part_percent) == (2, 90.91)
     assert liver.touches_edge == () and liver.confidence == 0.75
     assert liver.warnings == ("0.3 ml is less than 700 ml, the least expected in adults",)
-
-
-def test_parts_touch_by_a_corner():
-    mask = np.zeros((4, 4, 4), bool)
-    mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
-    assert part_sizes(mask).tolist() == [2, 1]
 
 
 def test_edges_are_named_by_the_patient_not_by_storage():
