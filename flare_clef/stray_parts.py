@@ -17,13 +17,13 @@ from flare_clef.label_parts import connected_parts, masks_in_boxes
 from flare_clef.organs import ORGANS
 from flare_clef.restoration import decide, winners_of
 
-_COMPACT = ("right_kidney", "left_kidney", "spleen", "stomach")
-SMALLEST_SHARE = {organ.index: 0.5 if organ.name in _COMPACT else 0.1 for organ in ORGANS}
+_SHARES = {"right_kidney": 0.5, "left_kidney": 0.5, "spleen": 0.5, "stomach": 0.5, "liver": 0.05}
+SMALLEST_SHARE = {organ.index: _SHARES.get(organ.name, 0.1) for organ in ORGANS}
 """Of the voxels of an organ's largest part: a smaller part is a stray one.
 
 Half for organs that nothing cuts in two; two pieces of like size both stay, since which of them
-is the organ cannot be told. A tenth for those that a thin vessel, a mass or the edge of a short
-scan may cut (pancreas, liver), or of which the scan shows two ends (aorta)."""
+is the organ cannot be told. A tenth for those that a vessel, a mass or the edge of a short scan
+may cut (pancreas), or of which the scan shows two ends (aorta); of a liver a twentieth is much."""
 REFUSED = -10.0
 """The logit of an organ where it was a stray part."""
 _ROUNDS = 3

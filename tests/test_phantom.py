@@ -162,8 +162,8 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shipped_weights_find_the_large_organs() -> None:
-    """DSC with these weights: liver and right kidney .97, gallbladder .95, spleen .94, stomach and
-    left kidney .92, vena cava .91, aorta .83, duodenum .67. A larger fall is a fault."""
+    """DSC with these weights: liver and right kidney .97, gallbladder and spleen .95, stomach .92,
+    vena cava .91, left kidney .85, aorta .84, duodenum .68. A larger fall is a fault."""
     from flare_clef.metrics import dice
     from flare_clef.segmenter import Segmenter
 

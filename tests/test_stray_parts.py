@@ -12,8 +12,8 @@ from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.restoration import winners_of
 from flare_clef.stray_parts import REFUSED, SMALLEST_SHARE, drop_stray_parts
 
-LIVER, SPLEEN, STOMACH, KIDNEY = (
-    ORGAN_BY_NAME[name].index for name in ("liver", "spleen", "stomach", "left_kidney")
+LIVER, SPLEEN, PANCREAS, STOMACH, KIDNEY = (
+    ORGAN_BY_NAME[name].index for name in ("liver", "spleen", "pancreas", "stomach", "left_kidney")
 )
 
 
@@ -29,11 +29,11 @@ MAIN = (slice(0, 3), slice(0, 3), slice(0, 3))  # 27 nodes
 
 
 @pytest.mark.parametrize(
-    ("organ", "size", "stays"), [(LIVER, 2, False), (LIVER, 3, True), (KIDNEY, 13, False),
-                                 (KIDNEY, 14, True)],
+    ("organ", "size", "stays"), [(LIVER, 1, False), (LIVER, 2, True), (KIDNEY, 13, False),
+                                 (KIDNEY, 14, True), (PANCREAS, 2, False), (PANCREAS, 3, True)],
 )  # fmt: skip
 def test_a_part_below_the_share_goes(organ, size, stays):
-    """A tenth of 27 nodes is 2.7, a half 13.5."""
+    """A twentieth of 27 nodes is 1.35, a tenth 2.7, a half 13.5."""
     logits = background((3, 3, 30))
     put(logits, organ, MAIN)
     logits[organ - 1].view(-1)[[12 + k % 15 + 30 * (k // 15) for k in range(size)]] = 4.0
