@@ -49,7 +49,7 @@ class Segmentation:
     confidence: dict[int, float] | None = None
     """Per label value, as :func:`~flare_clef.restoration.mean_confidence` gives it, on request."""
     logits: torch.Tensor | None = field(default=None, repr=False)
-    """(13, z, y, x) on ``placement.grid``, on request."""
+    """(13, z, y, x) on ``placement.grid``, on request; −10 where an organ lost a stray part."""
     placement: Placement | None = None
     """Where the grid lies in the scan; None where no body was found."""
 

@@ -48,6 +48,8 @@ def _drop(logits: Tensor) -> Tensor:
     for _ in range(_ROUNDS):
         receivers: set[int] = set()
         for organ, box, mask in masks_in_boxes(labels, sorted(to_look_at)):
+            if organ in receivers:  # it has grown since, perhaps out of its slices
+                _, box, mask = next(masks_in_boxes(labels, [organ]))
             stray = _stray_nodes(mask, SMALLEST_SHARE[organ])
             if len(stray[0]) == 0:
                 continue

@@ -72,7 +72,7 @@ def test_report_split_tables_probabilities(scans: Path, tmp_path: Path, tiny_wei
 
 
 def test_largest_part_only(scans: Path, tmp_path: Path, tiny_weights: Path):
-    predict(scans, tmp_path / "all", tiny_weights)
+    predict(scans, tmp_path / "all", tiny_weights, "--postprocess", "none")
     predict(scans, tmp_path / "one", tiny_weights, "--postprocess", "largest", "--measurements")
     cases = json.loads((tmp_path / "one" / "measurements.json").read_text())["cases"]
     assert all(o["parts"] <= 1 for c in cases for o in c["organs"] if o["organ"] != "aorta")

@@ -72,6 +72,20 @@ def test_what_becomes_a_stray_part_goes_as_well():
     assert drop_stray_parts(logits)[9, 9, 9] == 0
 
 
+def test_a_part_that_gains_a_bridge_in_the_same_round_is_seen_whole():
+    """Liver nodes go to the spleen and join its far node to its main part, beyond its box."""
+    logits = background((8, 3, 14))
+    put(logits, LIVER, (slice(0, 8), slice(0, 3), slice(0, 3)))
+    put(logits, SPLEEN, (slice(0, 2), slice(0, 3), slice(6, 9)))
+    put(logits, SPLEEN, (2, 1, 12))
+    bridge = ((2, 1, 9), (3, 1, 10), (3, 1, 11))
+    for node in bridge:
+        put(logits, LIVER, node)
+        put(logits, SPLEEN, node, 2.0)
+    after = drop_stray_parts(logits)
+    assert all(after[node] == SPLEEN for node in (*bridge, (2, 1, 12)))
+
+
 def test_nothing_found_and_one_part_only_change_nothing():
     empty = background()
     assert not drop_stray_parts(empty).any()

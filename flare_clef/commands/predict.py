@@ -215,7 +215,7 @@ def predict(
             precision=precision,
             threads=threads,
             memory_limit_bytes=limit_bytes,
-            keep_strays=postprocess == "none",
+            keep_strays=postprocess != "strays",
         )
         progress.line(
             f"{segmenter.device} ({segmenter.device_reason}), "
