@@ -29,9 +29,9 @@ import torch
 from flare_clef.evaluation_summary import intervals_of_means
 from flare_clef.images import Image, read_image
 from flare_clef.inference import FoldedNetwork
+from flare_clef.largest_part import keep_largest
 from flare_clef.metrics import dice_per_organ
 from flare_clef.organs import ORGANS
-from flare_clef.postprocess import keep_largest
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
 from flare_clef.training.cases import Case, read_labels

@@ -42,7 +42,7 @@ class Extras:
     def write(self, job: Job, found: Segmentation, image: Image) -> tuple[str, ...]:
         """Writes everything of one case; returns warnings for it. Raises UserError."""
         if self.largest:
-            from flare_clef.postprocess import keep_largest
+            from flare_clef.largest_part import keep_largest
 
             keep_largest(found.labels)
         self._write_labels(job, found.labels, image)

@@ -35,13 +35,19 @@ def masks_in_boxes(
         yield index, box, np.ascontiguousarray(mask[:, rows, columns])
 
 
-def connected_parts(mask: np.ndarray) -> np.ndarray:
-    """Numbers the parts of a mask from 1; voxels touch by a face, an edge or a corner."""
+def connected_parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of a mask (z, y, x), numbered from 1 in the same shape, and the voxels of each.
+
+    ``sizes[k]`` is that of part k; ``sizes[0]``, of what is no part, is 0. Voxels touch by a
+    face, an edge or a corner.
+    """
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    return sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
+    parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return parts, sizes
 
 
 def part_sizes(mask: np.ndarray) -> np.ndarray:
     """Voxels of each connected part of a mask (z, y, x), the largest first."""
-    sizes = np.bincount(connected_parts(mask).ravel())[1:]
-    return np.sort(sizes)[::-1]
+    return np.sort(connected_parts(mask)[1][1:])[::-1]

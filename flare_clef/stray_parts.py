@@ -66,9 +66,7 @@ def _drop(logits: Tensor) -> Tensor:
 
 def _stray_nodes(mask: np.ndarray, smallest_share: float) -> tuple[np.ndarray, ...]:
     """(z, y, x) of the nodes of all parts below that share of the largest."""
-    parts = connected_parts(mask)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
+    parts, sizes = connected_parts(mask)
     stray = sizes < smallest_share * sizes.max()
     stray[0] = False
     return np.nonzero(stray[parts]) if stray.any() else (np.empty(0, np.int64),) * 3

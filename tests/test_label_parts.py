@@ -11,8 +11,9 @@ def test_corners_touch():
     mask = np.zeros((4, 4, 4), bool)
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
     assert part_sizes(mask).tolist() == [2, 1]
-    parts = connected_parts(mask)
+    parts, sizes = connected_parts(mask)
     assert parts[0, 0, 0] == parts[1, 1, 1] != parts[3, 3, 3] and parts.max() == 2
+    assert sizes[[0, parts[0, 0, 0], parts[3, 3, 3]]].tolist() == [0, 2, 1]
 
 
 def test_boxes_of_the_labels_that_are_there():

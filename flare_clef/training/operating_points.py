@@ -1,6 +1,7 @@
 """What each organ's logit must gain or lose for the best Dice: offsets for the head's last bias.
 
-A loss in which rare classes weigh more (:func:`flare_clef.training.losses.balanced_weights`)
+A loss in which rare classes weigh more (``ce_balance`` above 0,
+:func:`flare_clef.training.losses.balanced_weights`)
 teaches logits for a world where they are frequent: with weights w the best logit of organ k is
 off by log(w_k / w_0), at 192^3 some 1.5 for a liver and 5 for an adrenal gland. Soft Dice pulls
 a part of it back. What is left shows in labels that are too large. The offset is found on

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from flare_clef.largest_part import SINGLE, keep_largest
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.postprocess import SINGLE, keep_largest
 
 
 def test_largest_part_stays():

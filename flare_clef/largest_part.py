@@ -22,8 +22,6 @@ def keep_largest(labels: np.ndarray) -> np.ndarray:
     (z, y, x), uint8; voxels touch by a face, an edge or a corner. The first of equals stays.
     """
     for _, box, mask in masks_in_boxes(labels, [organ.index for organ in SINGLE]):
-        parts = connected_parts(mask)
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
+        parts, sizes = connected_parts(mask)
         labels[box][(parts > 0) & (parts != sizes.argmax())] = 0
     return labels
