@@ -90,6 +90,29 @@ def keep_memory() -> bool:
     return all([mallopt(parameter, value) == 1 for parameter, value in settings])
 
 
+class _MallInfo2(ctypes.Structure):
+    """mallinfo(3)'s answer."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def kept_memory_bytes() -> int:
+    """Memory in bytes that the heap holds and nothing uses: what :func:`keep_memory` kept.
+
+    The system counts it as this process's, so :func:`available_memory_bytes` leaves it out. 0
+    where the C library does not tell (glibc before 2.33, musl, macOS, Windows).
+    """
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    mallinfo2.restype = _MallInfo2
+    return int(mallinfo2().fordblks)
+
+
 def _control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
     """The folders (and cgroup version) that limit this process, its own first, then upwards.
 

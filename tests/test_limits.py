@@ -287,9 +287,36 @@ def test_keep_memory_spares_the_faults_of_a_second_block(where: str) -> None:
     assert second_block("plain") >= 50
 
 
+KEPT = """
+import ctypes
+from flare_clef.limits import available_memory_bytes, keep_memory, kept_memory_bytes
+assert keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+SIZE = 3 << 30  # more than 32 bits hold
+before = kept_memory_bytes()
+block = libc.malloc(SIZE)
+held = kept_memory_bytes()
+libc.free(block)
+print(before, held, kept_memory_bytes() - SIZE)
+"""
+
+
+@pytest.mark.skipif(not hasattr(limits.ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2")
+def test_memory_that_the_heap_kept_is_free_for_the_next_scan() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    before, held, after = map(int, done.stdout.split())
+    assert before < 2**27 and held < 2**27
+    assert 0 <= after < 2**27
+
+
 def test_keep_memory_elsewhere_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Musl:
         pass
 
     monkeypatch.setattr(limits.ctypes, "CDLL", lambda name: Musl())
     assert limits.keep_memory() is False
+    assert limits.kept_memory_bytes() == 0
