@@ -19,17 +19,21 @@ _META_BYTES = 4096
 _CLASS = b"\2\0\2\0UI"
 _CT_IMAGE = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL)
 """Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
-_SEGMENTATION = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.66\.\d", re.DOTALL)
+_NO_SCAN = re.compile(
+    _CLASS + rb"..1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66|88|104|481)\b)", re.DOTALL
+)
+"""Of what lies beside scans (PS3.4, B.5): the table of contents of a disc, presentation states,
+segmentations and raw data, structured reports, documents, objects of radiotherapy."""
 
 
 def is_dicom_folder(path: Path) -> bool:
     """Whether any file directly in ``path`` is a DICOM file (``DICM`` after 128 bytes).
 
-    Segmentations do not count: a folder of them holds results.
+    What is no scan (segmentations, reports, structure sets, DICOMDIR) does not count.
     """
     entries = sorted(e for e in path.iterdir() if not e.name.startswith(".") and e.is_file())
     starts = (_dicom_start(entry) for entry in entries)
-    return any(start and not _SEGMENTATION.search(start) for start in starts)
+    return any(start and not _NO_SCAN.search(start) for start in starts)
 
 
 def _dicom_start(path: Path) -> bytes:
@@ -132,7 +136,10 @@ def _text(file: str, tag: str) -> str:
 def _numbers(reader: sitk.ImageFileReader, tag: str) -> tuple[float, ...]:
     if not reader.HasMetaDataKey(tag):
         return ()
-    return tuple(float(part) for part in reader.GetMetaData(tag).split("\\"))
+    try:
+        return tuple(float(part) for part in reader.GetMetaData(tag).split("\\"))
+    except ValueError:  # empty, or no numbers
+        return ()
 
 
 def _check_slices(folder: Path, files: tuple[str, ...]) -> None:
@@ -141,10 +148,10 @@ def _check_slices(folder: Path, files: tuple[str, ...]) -> None:
     sizes = {reader.GetSize()[:2] for reader in readers}
     if len(sizes) > 1:
         raise UserError(f"{folder}: slices of different sizes {sorted(sizes)}; not one volume")
-    orientations = [_numbers(reader, _ORIENTATION) for reader in readers]
-    positions = [_numbers(reader, _POSITION) for reader in readers]
     if len(files) == 1:
         return
+    orientations = [_numbers(reader, _ORIENTATION) for reader in readers]
+    positions = [_numbers(reader, _POSITION) for reader in readers]
     if any(len(o) != 6 for o in orientations) or any(len(p) != 3 for p in positions):
         raise UserError(f"{folder}: slices without position or orientation; not a CT volume")
     if np.abs(np.array(orientations) - orientations[0]).max() > 1e-3:

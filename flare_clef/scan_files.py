@@ -34,7 +34,8 @@ def output_name(path: Path, suffix: str | None = None) -> str:
 def find_inputs(path: Path) -> list[Path]:
     """The scans that ``path`` stands for, by name: itself, or those in the folder.
 
-    A folder of one DICOM series is one scan, and so is a sub-folder of one. Raises UserError.
+    A folder of one DICOM series is one scan, and so is a sub-folder of one; scans of other kinds
+    beside the slices, or in sub-folders of theirs, come after it. Raises UserError.
     """
     try:
         if path.is_file():
@@ -45,13 +46,14 @@ def find_inputs(path: Path) -> list[Path]:
         if not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder")
         entries = sorted(path.iterdir())
-        found = [e for e in entries if not e.name.startswith(".") and _is_scan(e)]
+        # Thousands of scans need not be opened to see that they are no slices.
+        others = any(not strip_suffix(e.name)[1] for e in entries)
+        found = [path] if others and is_dicom_folder(path) else []
+        found += [e for e in entries if not e.name.startswith(".") and _is_scan(e)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if found:
         return found
-    if is_dicom_folder(path):
-        return [path]
     raise UserError(
         f"{path}: no scan among its {len(entries)} entries; expected {' '.join(SUFFIXES)} "
         "or a DICOM series"

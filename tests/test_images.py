@@ -385,6 +385,46 @@ def test_dicom_series(tmp_path: Path):
     assert find_inputs(tmp_path) == [tmp_path / "s"]
 
 
+def test_what_lies_beside_a_series_does_not_hide_it(tmp_path: Path):
+    series = tmp_path / "s"
+    write_dicom(series, [0, 3, 6, 9])
+    write_scan(series / "converted.nii.gz")
+    write_dicom(series / "late", [0, 3])
+    assert find_inputs(series) == [series, series / "converted.nii.gz", series / "late"]
+    # What is DICOM but no scan counts neither there nor in a folder of its own.
+    for uid in (
+        "1.2.840.10008.5.1.4.1.1.88.67", "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.1.3.10",
+        "1.2.840.10008.5.1.4.1.1.11.1", "1.2.840.10008.5.1.4.1.1.104.1",
+        "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66",
+    ):  # fmt: skip
+        name = uid.encode() + b"\0" * (len(uid) % 2)
+        head = bytes(128) + b"DICM" + b"\2\0\2\0UI" + len(name).to_bytes(2, "little") + name
+        (tmp_path / f"other{uid}").mkdir()
+        (tmp_path / f"other{uid}" / "one").write_bytes(head + b"\2\0\3\0UI")
+    assert find_inputs(tmp_path) == [series]
+    (tmp_path / "DICOMDIR").write_bytes(head.replace(name, b"1.2.840.10008.1.3.10"))
+    assert find_inputs(tmp_path) == [series]
+    # A PET (1.1.128) is an image, whose values will be warned of.
+    (tmp_path / "pet").mkdir()
+    (tmp_path / "pet" / "one").write_bytes(head.replace(name, b"1.2.840.10008.5.1.4.1.1.128\0"))
+    assert find_inputs(tmp_path) == [tmp_path / "pet", series]
+
+
+def test_one_slice_whose_position_is_empty(tmp_path: Path):
+    write_dicom(tmp_path / "s", [3])
+    slice_of = next((tmp_path / "s").iterdir())
+    assert read_image(tmp_path / "s").array.shape == (1, 16, 16)
+    whole = slice_of.read_bytes()
+    at = whole.index(b"\x20\0\x32\0")  # implicit value representation: four bytes of length
+    size = int.from_bytes(whole[at + 4 : at + 8], "little")
+    empty = whole[: at + 4] + bytes(4) + whole[at + 8 + size :]
+    slice_of.write_bytes(empty)
+    assert read_image(tmp_path / "s").array.shape == (1, 16, 16)
+    write_dicom(tmp_path / "s", [6, 9], uid="1.2.3")
+    slice_of.with_name("no position.dcm").write_bytes(empty)
+    assert "position" in refused(tmp_path / "s")
+
+
 def test_dicom_trouble(tmp_path: Path):
     write_dicom(tmp_path / "two", [0, 3], uid="1.2.3")
     write_dicom(tmp_path / "two", [0, 3, 6], uid="1.2.4")
