@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from flare_clef.formats import itksnap_labels, slicer_colours
 from flare_clef.images import Image
-from flare_clef.measurement_files import MeasurementFiles
+from flare_clef.measurement_files import LABELS_CHECKSUM, MeasurementFiles, checksum
 from flare_clef.measurements import CaseMeasurement, measure
 from flare_clef.organs import ORGANS
+from flare_clef.paths import behind_link
 from flare_clef.scan_files import strip_suffix
 from flare_clef.writing import write_bytes, write_labels
 
@@ -40,13 +42,19 @@ class Extras:
         return self.report or self.measurements is not None
 
     def write(self, job: Job, found: Segmentation, image: Image) -> tuple[str, ...]:
-        """Writes everything of one case; returns warnings for it. Raises UserError."""
+        """Writes everything of one case; returns warnings for it. Raises UserError.
+
+        The labels come after what lies beside them, and older ones go first: where they are,
+        all files of the case are of one run, whenever that was broken off.
+        """
         if self.largest:
             from flare_clef.largest_part import keep_largest
 
             keep_largest(found.labels)
-        self._write_labels(job, found.labels, image)
         stem = job.target.with_name(job.case)
+        if self.split or self.probabilities or self.report:
+            with contextlib.suppress(OSError):  # what is in the way is told when they are written
+                behind_link(job.target).unlink(missing_ok=True)
         if self.split:
             self._write_split(stem, found.labels, image, job.target)
         if self.probabilities and found.logits is not None and found.placement is not None:
@@ -55,14 +63,16 @@ class Extras:
             content = probabilities_file(found.logits, found.placement, image)
             write_bytes(stem.with_name(f"{stem.name}.probabilities.npz"), content)
         if not self.needs_confidence:
+            self._write_labels(job, found.labels, image)
             return ()
         case = measure(
             job.case, found.labels, image, organs=self.organs, confidence=found.confidence
         )
-        if self.measurements is not None:
-            self.measurements.add(case, _facts(job, image))
         if self.report:
             self._write_report(stem, found.labels, image, case, job.source)
+        self._write_labels(job, found.labels, image)
+        if self.measurements is not None:
+            self.measurements.add(case, _facts(job, image))
         return tuple(case.all_warnings())
 
     def _write_labels(self, job: Job, labels: np.ndarray, image: Image) -> None:
@@ -93,6 +103,7 @@ def _facts(job: Job, image: Image) -> dict[str, object]:
     return {
         "input": str(job.source),
         "labels": str(job.target),
+        LABELS_CHECKSUM: checksum(job.target),
         "spacing_mm": list(image.spacing_mm),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from flare_clef.measurements import CaseMeasurement, OrganMeasurement
 from flare_clef.version import __version__
 from flare_clef.writing import write_bytes
 
+LABELS_CHECKSUM = "labels_sha256"
+"""Which label map the figures are of."""
 _COLUMNS = (
     "case", "organ", "label", "volume_ml", "hu_mean", "hu_sd", "hu_p05", "hu_p25", "hu_median",
     "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
@@ -36,21 +39,34 @@ def _plain(organ: OrganMeasurement) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, which fits into memory."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _earlier(path: Path) -> list[dict[str, Any]]:
+    """The cases of ``path`` whose labels have not been written anew since."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        return [case for case in cases if isinstance(case["case"], str)]
+        return [c for c in cases if isinstance(c["case"], str) and not _is_stale(c, path.parent)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as earlier measurements; move it away") from None
 
 
+def _is_stale(case: Mapping[str, Any], folder: Path) -> bool:
+    # By the name: the folder may have been moved, or be mounted elsewhere.
+    labels, known = folder / Path(case.get("labels", "")).name, case.get(LABELS_CHECKSUM)
+    return known is not None and labels.is_file() and checksum(labels) != known
+
+
 class MeasurementFiles:
     """The two files of a batch, whole after every case.
 
     ``part`` is a shard, ``K/N``, with files of its own. With ``keep``, what earlier runs measured
-    stays, and what shards measured is known. Raises UserError for a file of other content.
+    stays, and what shards measured is known, but for cases whose labels are others by now.
+    Raises UserError for a file of other content.
     """
 
     def __init__(self, folder: Path, *, part: str = "", keep: bool = False) -> None:

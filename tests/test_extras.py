@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import body_hu, write_scan
+from conftest import body_hu, write_dicom, write_scan
 from typer.testing import CliRunner
 
 from flare_clef.cli import app
 from flare_clef.errors import UserError
+from flare_clef.extras import Extras
+from flare_clef.images import read_image
 from flare_clef.jobs import plan_jobs
+from flare_clef.segmenter import Segmenter
 
 
 @pytest.fixture
@@ -51,6 +54,50 @@ def test_skipped_cases_keep_their_measurements(scans: Path, tmp_path: Path, tiny
     (out / "b.mha").unlink()
     predict(scans, out, tiny_weights, "--measurements", "--skip-existing")
     assert json.loads((out / "measurements.json").read_text())["cases"] == before
+
+
+def test_measurements_of_other_labels_are_made_anew(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    """Labels written anew, by other options, without --measurements: the figures are stale."""
+    out = tmp_path / "out"
+
+    def liver_ml() -> list[float]:
+        cases = json.loads((out / "measurements.json").read_text())["cases"]
+        return [c["organs"][0]["volume_ml"] for c in cases]
+
+    for shard in ("0/2", "1/2"):
+        predict(scans, out, tiny_weights, "--measurements", "--shard", shard)
+    predict(scans, out, tiny_weights, "--measurements", "--skip-existing")
+    first = liver_ml()
+    predict(scans, out, tiny_weights, "--postprocess", "none")
+    done = predict(scans, out, tiny_weights, "--postprocess", "none", "--measurements",
+                   "--skip-existing", "--json")  # fmt: skip
+    rows = [r for r in map(json.loads, done.stdout.splitlines()) if isinstance(r, dict)]
+    assert [r["status"] for r in rows] == ["done", "done"]
+    assert liver_ml() == [r["volume_ml"]["liver"] for r in rows] != first
+
+
+def test_labels_come_last(scans: Path, tmp_path: Path, tiny_weights: Path, monkeypatch):
+    """A run that is broken off leaves no labels beside files of another run."""
+    pytest.importorskip("PIL", reason="Pillow is not installed (extra: report)")
+    options = ("--report", "--split", "--measurements")
+    predict(scans / "b.mha", tmp_path / "out", tiny_weights, *options)
+    assert (tmp_path / "out" / "b.mha").exists()
+
+    def killed(*_):
+        raise SystemExit(137)
+
+    monkeypatch.setattr(Extras, "_write_report", killed)
+    job = plan_jobs(scans / "b.mha", tmp_path / "out")[0]
+    image = read_image(job.source)
+    found = Segmenter(tiny_weights, precision="fp32").segment(image, with_confidence=True)
+    with pytest.raises(SystemExit):
+        Extras(report=True, split=True).write(job, found, image)
+    assert not (tmp_path / "out" / "b.mha").exists()
+    monkeypatch.undo()
+    done = predict(scans / "b.mha", tmp_path / "out", tiny_weights, *options, "--skip-existing")
+    assert "skipped" not in done.output and (tmp_path / "out" / "b.mha").exists()
 
 
 def test_report_split_tables_probabilities(scans: Path, tmp_path: Path, tiny_weights: Path):
@@ -125,9 +172,11 @@ def test_a_file_of_another_format_is_refused(scans: Path, tmp_path: Path):
 def test_dicom_seg_of_a_file_fails_by_name(scans: Path, tmp_path: Path, tiny_weights: Path):
     pytest.importorskip("highdicom", reason="highdicom is not installed (extra: dicom)")
     arguments = ["predict", scans / "b.mha", tmp_path / "out", "--weights", tiny_weights]
-    done = CliRunner().invoke(
-        app, [*map(str, arguments), "--precision", "fp32", "--format", "dicom-seg"]
-    )
-    assert done.exit_code == 1
-    assert "needs a folder of one DICOM series" in done.output
-    assert not list((tmp_path / "out").glob("*"))
+    options = ["--precision", "fp32", "--format", "dicom-seg"]
+    with pytest.raises(UserError, match=r"b.mha: .* needs a folder of one DICOM series"):
+        CliRunner().invoke(app, [*map(str, arguments), *options], catch_exceptions=False)
+    # Beside a series the others are done, and the file is a case that failed.
+    write_dicom(scans / "series", [0, 3, 6, 9])
+    done = CliRunner().invoke(app, ["predict", str(scans), *map(str, arguments[2:]), *options])
+    assert done.exit_code == 1 and "b.mha: --format dicom-seg needs a folder" in done.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["series.dcm"]
