@@ -22,13 +22,20 @@ INT8 = "int8"
 _HOPELESS = 3.0
 """So many times slower on a small trial, bf16 cannot win on a large one."""
 
+_LEAST_GPU_BYTES = 512 * 2**20
+"""Weights and the thinnest slabs in fp16, about."""
+
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and why. Raises UserError."""
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0), f"GPU found: {torch.cuda.get_device_name(0)}"
-        return torch.device("cpu"), "no GPU found"
+        if not torch.cuda.is_available():
+            return torch.device("cpu"), "no GPU found"
+        device, name = torch.device("cuda", 0), torch.cuda.get_device_name(0)
+        trouble = gpu_trouble(device)
+        if trouble:
+            return torch.device("cpu"), f"GPU found, {name}, but of no use: {trouble}"
+        return device, f"GPU found: {name}"
     wanted = str(wanted)
     if wanted == "cpu":
         return torch.device("cpu"), "asked for"
@@ -43,7 +50,28 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
         raise UserError(
             f"--device {wanted}: only {torch.cuda.device_count()} GPU(s) here, numbered from 0"
         )
-    return torch.device("cuda", index), f"asked for: {torch.cuda.get_device_name(index)}"
+    device = torch.device("cuda", index)
+    trouble = gpu_trouble(device)
+    if trouble:
+        raise UserError(f"--device {wanted}: {trouble}; use --device cpu")
+    return device, f"asked for: {torch.cuda.get_device_name(index)}"
+
+
+def gpu_trouble(device: torch.device) -> str:
+    """Why ``device`` cannot be used, in one line; empty where a small convolution works.
+
+    A card may be there and full, taken by someone else alone, or too old or new for this torch.
+    """
+    try:
+        room = torch.empty(_LEAST_GPU_BYTES, dtype=torch.uint8, device=device)
+        x = torch.ones(1, 16, 8, 8, 8, dtype=torch.float16, device=device)
+        weight = torch.ones(16, 16, 3, 3, 3, dtype=torch.float16, device=device)
+        right = bool((functional.conv3d(x, weight) == 16 * 27).all())
+        del room
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return "" if right else "it miscalculates a small convolution"
 
 
 def choose_precision(

@@ -19,7 +19,12 @@ from flare_clef.errors import UsageError, UserError
 from flare_clef.images import Image, image_from_array, image_from_sitk, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
-from flare_clef.limits import available_memory_bytes, keep_memory, usable_cores
+from flare_clef.limits import (
+    available_memory_bytes,
+    keep_memory,
+    kept_memory_bytes,
+    usable_cores,
+)
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
@@ -32,6 +37,10 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+# Beside what the network holds on a GPU: CUDA's own (not measured by us yet) and the weights.
+_GPU_OWN_BYTES = 600 * 2**20
+_GPU_LIMIT_BYTES = 2048 * 2**20
 
 # What preparation and restoration hold beside scan, labels and network, measured with room.
 _WORKING_BYTES = 300 * 2**20
@@ -98,6 +107,9 @@ class Segmenter:
 
     def _made_ready(self) -> FoldedNetwork:
         network = self.weights.network()
+        if self.device.type == "cuda" and self.precision == "fp32":
+            # torch would let cuDNN round the factors to 10 bits (TF32): that is not fp32.
+            torch.backends.cudnn.allow_tf32 = False
         if self.precision != INT8:
             return FoldedNetwork(network, self.device, self.precision)
         from flare_clef.quantised import QuantisedNetwork, calibration_from_norms
@@ -207,10 +219,12 @@ class Segmenter:
     def _limit_for(self, image: Image) -> int | None:
         """Bytes that the network may use, after scan and labels have had theirs."""
         if self.device.type != "cpu":
-            return self.memory_limit_bytes
+            return max(0, (self.memory_limit_bytes or _GPU_LIMIT_BYTES) - _GPU_OWN_BYTES)
         labels = image.array.size
         if self.memory_limit_bytes is None:
-            return max(0, available_memory_bytes() - labels - _WORKING_BYTES)
+            # Without the second, a scan of the same size as the last would find no room.
+            free = available_memory_bytes() + kept_memory_bytes()
+            return max(0, free - labels - _WORKING_BYTES)
         left = self.memory_limit_bytes - image.array.nbytes - labels - _WORKING_BYTES
         if left < 0:
             needed = (self.memory_limit_bytes - left) / 2**20

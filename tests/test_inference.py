@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, lively_network
 from torch.profiler import ProfilerActivity, profile
 
+from flare_clef import precision
 from flare_clef.errors import UserError
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import FULL, REDUCED
@@ -143,6 +144,32 @@ def test_devices():
         assert choose_device("auto") == (CPU, "no GPU found")
         with pytest.raises(UserError, match="use --device cpu or auto"):
             choose_device("cuda:3")
+
+
+def test_a_gpu_of_no_use(monkeypatch):
+    """One that is full, taken or unknown to this torch: named, and the CPU taken if we choose."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        why = "GPU found, Some Card, but of no use: CUDA out of memory."
+        assert choose_device("auto") == (CPU, why)
+        with pytest.raises(UserError, match="^--device cuda:0: CUDA out of memory.; use --device"):
+            choose_device("cuda:0")
+    monkeypatch.setattr(precision, "gpu_trouble", lambda device: "")
+    assert choose_device("auto") == (torch.device("cuda", 0), "GPU found: Some Card")
+    assert choose_device("cuda") == (torch.device("cuda", 0), "asked for: Some Card")
+
+
+def test_the_trial_of_a_device():
+    """On the CPU, which has all it needs."""
+    assert precision.gpu_trouble(CPU) == ""
 
 
 def test_precisions(monkeypatch):
