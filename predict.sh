@@ -1,12 +1,22 @@
 #!/bin/sh
-# predict.sh [INPUTS [OUTPUTS [OPTION...]]]
+# predict.sh [INPUTS [OUTPUTS]] [OPTION...]
 #
 # The challenge's harness calls this in /workspace without arguments: every scan of
 # /workspace/inputs gets its labels in /workspace/outputs. Options go to `flare-clef predict`.
 # In the image, where what is not mounted is lost with the container, labels go to the folder
 # "outputs" beside the scans when no OUTPUTS is named and /workspace/outputs is not a mount.
-inputs=${1:-/workspace/inputs}
-outputs=${2:-/workspace/outputs}
+inputs=/workspace/inputs outputs=/workspace/outputs named=''
+case ${1:--} in
+  -*) ;;
+  *)
+    inputs=$1
+    shift
+    case ${1:--} in
+      -*) ;;
+      *) outputs=$1 named=1 && shift ;;
+    esac
+    ;;
+esac
 
 # Does the path lie on something mounted into the container?
 mounted() {
@@ -40,7 +50,7 @@ fail() {
   exit 1
 }
 
-if [ $# -lt 2 ] && [ -e /opt/flare-clef/entrypoint.sh ]; then
+if [ -z "$named" ] && [ -e /opt/flare-clef/entrypoint.sh ]; then
   me=$(id -u):$(id -g) owner=''
   if mounted "$outputs"; then
     writable "$outputs" || fail "$outputs: user $me cannot write there ($why);" \
@@ -57,8 +67,6 @@ if [ $# -lt 2 ] && [ -e /opt/flare-clef/entrypoint.sh ]; then
     echo "flare-clef: $outputs is not mounted: labels stay in the container (docker cp)" >&2
   fi
 fi
-[ $# -lt 2 ] || shift
-[ $# -lt 1 ] || shift
 
 if command -v flare-clef >/dev/null 2>&1; then
   exec flare-clef predict "$@" -- "$inputs" "$outputs"

@@ -42,6 +42,6 @@ if [ "$status" -eq 137 ]; then
   esac
   echo "flare-clef: killed, most likely for want of memory ($limit); finished cases are kept:" \
     "give it more (docker run --memory 4g) and run it again with" \
-    "predict /workspace/inputs /workspace/outputs --skip-existing" >&2
+    "/workspace/predict.sh --skip-existing" >&2
 fi
 exit "$status"

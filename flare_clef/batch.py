@@ -104,6 +104,7 @@ class _Writer:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             result = work()
+            work = None  # it holds scan and labels, which must not wait for the next case
             # Whoever waits to submit must get through, so the loop goes on whatever happens.
             if self._failure is None:
                 try:
@@ -147,7 +148,9 @@ def run(
         except MemoryError:
             result.error = f"{item.job.source}: not enough memory; set --memory-limit"
         except RuntimeError as problem:
-            result.error = f"{item.job.source}: cannot be segmented ({_one_line(problem)})"
+            advice = "; use --device cpu" if segmenter.device.type != "cpu" else ""
+            reason = _one_line(problem)
+            result.error = f"{item.job.source}: cannot be segmented ({reason}){advice}"
         if result.error:
             writer.submit(partial(_as_it_is, result))
             continue
@@ -180,7 +183,7 @@ def _write(
         else:
             result.warnings += extras.write(result.job, found, image)
         if measure_volumes:
-            volumes = volumes_ml(found.labels, image.spacing_mm)
+            volumes = volumes_ml(found.labels, image.spacing_mm, image.direction)
             result.volume_ml = {name: round(ml, 3) for name, ml in volumes.items()}
         result.status = "done"
     except UserError as problem:

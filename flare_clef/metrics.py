@@ -82,12 +82,21 @@ def dice_per_organ(
     }
 
 
-def volumes_ml(labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
-    """Volume of each of the 13 organs of uint8 ``labels`` in ml."""
+def volumes_ml(
+    labels: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    direction: tuple[float, ...] | None = None,
+) -> dict[str, float]:
+    """Volume of each of the 13 organs of uint8 ``labels`` in ml.
+
+    ``direction``: nine numbers, row by row; without it the axes stand upright on each other.
+    """
     voxels = np.zeros(256, dtype=np.int64)
     for plane in labels:  # bincount copies what it counts, 8 bytes a voxel
         voxels += np.bincount(plane.ravel(), minlength=256)
     voxel_ml = _voxel_ml(spacing_mm)
+    if direction is not None:
+        voxel_ml *= float(abs(np.linalg.det(np.reshape(direction, (3, 3)))))
     return {organ.name: float(voxels[organ.index]) * voxel_ml for organ in ORGANS}
 
 

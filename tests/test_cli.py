@@ -276,6 +276,11 @@ def test_predict_sh_with_and_without_the_package_on_the_path(
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert len(list(out.iterdir())) == 2
+        again = subprocess.run(
+            ["sh", str(ROOT / "predict.sh"), str(scans), "--skip-existing", "--frobnicate"],
+            capture_output=True, encoding="utf-8", env={**os.environ, "PATH": path}, cwd=tmp_path,
+        )  # fmt: skip
+        assert again.returncode == 2 and "--frobnicate" in again.stderr
     first, second = (
         sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"out{k}" / "a.nii.gz")))
         for k in range(2)

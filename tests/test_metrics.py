@@ -46,6 +46,15 @@ def test_dice_and_volumes_equal_the_plain_formulas():
         assert volumes[organ.name] == pytest.approx(p.sum() * 0.003, abs=1e-12)
 
 
+def test_volumes_where_axes_lean():
+    """By hand: 2 x 3 x 5 mm, the second axis leaning by 30 degrees: half of a root of 3."""
+    labels = np.full((2, 2, 2), LIVER, np.uint8)
+    leaning = (1.0, 0.5, 0.0, 0.0, 0.75**0.5, 0.0, 0.0, 0.0, 1.0)
+    upright = volumes_ml(labels, (2, 3, 5))["liver"]
+    assert upright == pytest.approx(0.24)
+    assert volumes_ml(labels, (2, 3, 5), leaning)["liver"] == pytest.approx(0.24 * 0.8660254)
+
+
 def tube(first, last):
     """An aorta of 2 x 2 voxels through the slices ``first`` to ``last``."""
     labels = np.zeros((12, 8, 8), np.uint8)

@@ -52,7 +52,7 @@ def predict(
             metavar="SIZE",
             rich_help_panel=MACHINE,
             help="Memory to stay under, such as 2G or 1500M: on the CPU RAM above the loaded "
-            "program (default: what is free), on a GPU device memory (default: 2048M in total).",
+            "program (default: what is free), on a GPU device memory (default: 2048M, estimated).",
         ),
     ] = None,
     organs: Annotated[
@@ -66,7 +66,8 @@ def predict(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite/--skip-existing", help="What to do where all that is asked for exists."
+            "--overwrite/--skip-existing",
+            help="What to do where all files asked for exist, whatever they hold.",
         ),
     ] = True,
     shard: Annotated[
@@ -161,10 +162,10 @@ def predict(
     files_beside = measurements or any(beside.values())
     jobs = plan_jobs(input, output, form, files_beside=files_beside, masks=split)
     folder = jobs[0].target.parent
-    _check_outputs(form, postprocess, report=report)
+    _check_outputs(jobs, form, postprocess, report=report)
     if shard is not None:
         jobs = take_shard(jobs, shard)
-    stages = _start_profile(profile) if profile is not None else None
+    stages = _start_profile(profile, device) if profile is not None else None
     progress = Progress(len(jobs), quiet=quiet)
     results: list[CaseResult] = []
 
@@ -243,7 +244,7 @@ def predict(
     _summary(results, progress)
 
 
-def _start_profile(path: Path) -> ConsecutiveStages:
+def _start_profile(path: Path, device: str) -> ConsecutiveStages:
     """Starts measuring this process. Raises UserError where ``path`` cannot be written to."""
     from flare_clef.errors import UserError
     from flare_clef.paths import check_writable
@@ -252,12 +253,13 @@ def _start_profile(path: Path) -> ConsecutiveStages:
     check_writable(path.parent)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; --profile takes the name of a file")
-    profiler = ResourceProfiler()
+    number = device.partition(":")[2]
+    profiler = ResourceProfiler(gpu_index=int(number) if number.isdecimal() else 0)
     profiler.start()
     return ConsecutiveStages(profiler)
 
 
-def _check_outputs(form: str | None, postprocess: str, *, report: bool) -> None:
+def _check_outputs(jobs: list[Job], form: str | None, postprocess: str, *, report: bool) -> None:
     """What can be known to fail before anything is computed. Raises UserError."""
     from importlib.util import find_spec
 
@@ -270,6 +272,8 @@ def _check_outputs(form: str | None, postprocess: str, *, report: bool) -> None:
         raise UserError('--report: Pillow is missing; pip install "flare-clef[report]"')
     if form == "dicom-seg" and find_spec("highdicom") is None:
         raise UserError('--format dicom-seg: highdicom is missing; pip install "flare-clef[dicom]"')
+    if form == "dicom-seg" and not any(job.source.is_dir() for job in jobs):
+        raise UserError(f"{jobs[0].source}: --format dicom-seg needs a folder of one DICOM series")
 
 
 def _report(result: CaseResult, progress: Progress, *, json: bool, number: int, total: int) -> None:
