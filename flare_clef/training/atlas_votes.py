@@ -22,7 +22,7 @@ from flare_clef.training.registration import (
 
 FUSED_ATLASES = 12
 """So many are deformed and vote. With all 50 deformed and the best twelve chosen then, the vote
-alone gained 0.009 in DSC and took four times as long (docs/propagation.md)."""
+alone gained 0.012 in DSC and took four times as long (docs/propagation.md)."""
 _SURROUNDINGS_MM = 24.0
 _FAINTEST_VOTE = 0.02
 

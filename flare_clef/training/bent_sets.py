@@ -139,7 +139,11 @@ def bend_all(
         if name in result.overlaps:
             shapes = strip_suffix(label_map.name)[0]
             source = f"{case.source or case.name}; bent to the shapes of {shapes}"
-            result.cases[name] = {"organs": list(case.organs), "source": source}
+            result.cases[name] = {
+                "organs": list(case.organs),
+                "source": source,
+                "bent_from": case.bent_from or case.name,
+            }
             if case.propagated:
                 result.cases[name]["propagated"] = [case.propagated]
     write_bytes(output / "cases.json", json.dumps(result.cases, indent=1).encode())

@@ -38,6 +38,8 @@ class Case:
     """The organ whose labels :mod:`flare_clef.training.propagation` made."""
     chances: Path | None = None
     """Its probability map, uint8 with 255 being 1, on the grid of ``labels``."""
+    bent_from: str = ""
+    """The case that :mod:`flare_clef.training.bending` made this one of."""
 
     @property
     def labelled(self) -> torch.Tensor:

@@ -169,7 +169,8 @@ def _read_ours(folder: Path) -> Dataset:
             made = [organ for organ in entry.get("propagated", ()) if organ in named]
             if made and case.name in chances:
                 case = replace(case, propagated=made[0], chances=chances[case.name])
-            kept.append(replace(case, organs=named, source=source))
+            bent_from = str(entry.get("bent_from", ""))
+            kept.append(replace(case, organs=named, source=source, bent_from=bent_from))
     return Dataset(tuple(kept), tuple(problems))
 
 

@@ -141,9 +141,12 @@ class Run:
 
 
 def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-    """Cases to train on, and those kept aside."""
-    aside = run.recipe.data.kept_aside(case.name for case in cases)
-    trained = [case for case in cases if case.name not in aside]
+    """Cases to train on, and those kept aside, of which no bent copy is trained on either."""
+    aside = run.recipe.data.kept_aside(case.name for case in cases if not case.bent_from)
+    trained = [case for case in cases if not aside & {case.name, case.bent_from}]
+    copies = len(cases) - len(trained) - len(aside)
+    if copies:
+        run.say(f"{copies} bent scan(s) of cases kept aside are left out")
     if cases and not trained:
         raise UserError(
             f"data.validation keeps all {len(cases)} labelled case(s) aside; leave some to train on"

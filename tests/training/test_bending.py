@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from flare_clef.training.bent_sets import bend_all, pairs_of
 from flare_clef.training.cases import Case, prepare_case
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
+from flare_clef.training.recipe import load_recipe
 from flare_clef.training.registration import Grid, OrganMaps, organ_maps_of
+from flare_clef.training.run import Run, split
 
 ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 12, 13)]
 
@@ -164,6 +168,9 @@ def test_what_is_written_is_a_training_set(run, tmp_path: Path) -> None:  # type
     assert doubtful.propagated == "duodenum" and doubtful.chances is not None
     assert doubtful.source == "made up; bent to the shapes of m3"
     assert cases["q_as_m4"].source == "q; bent to the shapes of m4"
+    assert {name: case.bent_from for name, case in cases.items()} == {
+        "p_as_m3": "p", "q_as_m3": "q", "q_as_m4": "q",
+    }  # fmt: skip
     assert not cases["q_as_m4"].propagated
     for case in cases.values():
         prepare_case(case, tmp_path / "store", 32)
@@ -172,6 +179,26 @@ def test_what_is_written_is_a_training_set(run, tmp_path: Path) -> None:  # type
     duodenum = (labels == 12) | (labels == UNDECIDED)
     assert UNDECIDED in labels and (chance[duodenum] > 60).mean() > 0.95
     assert (chance[(labels != 12) & (labels != UNDECIDED)] < 140).mean() > 0.99
+
+
+@pytest.mark.parametrize("aside", ['data.validation=["q"]', "data.folds=2"])
+def test_no_bent_copy_of_a_case_kept_aside_is_trained_on(run, aside: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, _, _ = run
+    stage = "grid = 64\nsteps = 1\nlearning_rate = [1e-3, 1e-4]\n"
+    (tmp_path / "r.toml").write_text(f"[[finetune.stages]]\n{stage}")
+    recipe = load_recipe(tmp_path / "r.toml", [aside])
+    said: list[str] = []
+    cases = [
+        case
+        for part in ("cases", "out")
+        for case in read_dataset(folder / part).cases
+        if case.labels is not None
+    ]
+    trained, kept = split(cast(Run, SimpleNamespace(recipe=recipe, say=said.append)), cases)
+    (other,) = {"p", "q"} - {case.name for case in kept}
+    assert {case.bent_from or case.name for case in trained} == {other}
+    assert len(trained) == (2 if other == "p" else 3)
+    assert said == [f"{5 - 1 - len(trained)} bent scan(s) of cases kept aside are left out"]
 
 
 def test_a_filled_output_is_refused(run) -> None:  # type: ignore[no-untyped-def]
