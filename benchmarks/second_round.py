@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--organ", default="duodenum", choices=sorted(ORGAN_BY_NAME))
     options = parser.parse_args()
     index = ORGAN_BY_NAME[options.organ].index
-    segmenter = Segmenter(options.weights, precision="fp32")
+    segmenter = Segmenter(options.weights, precision="fp32", keep_strays=True)
     print("| case | propagated | network | both |")
     print("| --- | --- | --- | --- |")
     for case in read_dataset(options.cases).cases:

@@ -71,7 +71,7 @@ class Segmenter:
     ``fp16`` (GPU).
     ``threads``: CPU threads, by default the cores that this process may use.
     ``memory_limit_bytes``: on the CPU the RAM above the loaded program, on a GPU device
-    memory; by default what is free (CPU) or the challenge's 2048 MB in total (GPU).
+    memory; by default what is free (CPU) or the challenge's 2048 MB (GPU, estimated).
     ``keep_strays``: small parts apart from an organ's main part stay, as the network has them
     (:mod:`flare_clef.stray_parts`).
     Raises :class:`~flare_clef.errors.UserError` where one of them cannot be had.

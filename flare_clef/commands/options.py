@@ -20,7 +20,8 @@ PrecisionOption = Annotated[
     typer.Option(
         metavar="auto|fp32|bf16|fp16|int8",
         rich_help_panel=MACHINE,
-        help="Number format of the network; auto times what this machine does fastest.",
+        help="Number format of the network; auto: fp16 on a GPU, what a trial finds fastest "
+        "on a CPU.",
     ),
 ]
 WeightsOption = Annotated[

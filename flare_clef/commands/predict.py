@@ -23,8 +23,8 @@ def predict(
     input: Annotated[
         Path,
         typer.Argument(
-            help="A scan in HU (.nii .nii.gz .mha .mhd .nrrd), a folder of scans, or a folder of "
-            "one DICOM series.",
+            help="A scan in HU (.nii .nii.gz .mha .mhd .nrrd .nhdr), a folder of scans, or a "
+            "folder of one DICOM series.",
             show_default=False,
         ),
     ],

@@ -68,7 +68,11 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; by default the usable cores.")
 ]
 Precision = Annotated[
-    str, typer.Option(metavar="auto|fp32|bf16", help="auto times what is faster here.")
+    str,
+    typer.Option(
+        metavar="auto|fp32|bf16",
+        help="auto: on a GPU bf16, on a CPU the faster in a trial; a run goes on as it began.",
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes a GPU if any.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, only the results.")]
@@ -131,7 +135,7 @@ def finetune(
 ) -> None:
     """Train with labels (Dice + cross entropy), judge on the cases kept aside, export.
 
-    Begins with the backbone that train pretrain left in RUN, if the recipe has a table pretrain.
+    Begins with finetune.start, else with what train pretrain left in RUN, if the recipe has one.
     Run again with the same RUN folder to go on from its last checkpoint.
     """
     from flare_clef.training import pipeline
@@ -158,7 +162,7 @@ def export(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the weights file of RUN's last checkpoint, after predict agreed with validation."""
+    """Write RUN's weights file; where cases are kept aside, predict must agree with validation."""
     from flare_clef.training import pipeline
 
     if calibrate and not any("calibration_volumes" in text for text in set_ or ()):

@@ -14,7 +14,11 @@ from flare_clef.errors import EXIT_FAILED
 def bend(
     shapes: Annotated[
         Path,
-        typer.Option(metavar="DIR", show_default=False, help="Label maps; they need no images."),
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Label maps, numbered 1 to 13 as predict's; no images.",
+        ),
     ],
     cases: Annotated[
         Path,

@@ -15,7 +15,9 @@ def propagate(
     atlases: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", show_default=False, help="Label maps that have the organ; no images."
+            metavar="DIR",
+            show_default=False,
+            help="Label maps that have the organ, numbered as predict's; no images.",
         ),
     ],
     cases: Annotated[
