@@ -129,7 +129,7 @@ def run(
     ``extras`` is what is written beside the labels.
     """
     writer = _Writer(on_result)
-    for item in reader:
+    for number, item in enumerate(reader, start=1):
         result = CaseResult(item.job, seconds={"read": round(item.seconds, 3)})
         if item.image is None:
             result.error = item.error
@@ -142,6 +142,8 @@ def run(
                 on_stage=partial(on_stage, item.job),
                 with_confidence=extras is not None and extras.needs_confidence,
                 with_logits=extras is not None and extras.probabilities,
+                # The next scan, of which nothing is known yet, as large as this one.
+                beside_bytes=item.image.array.nbytes if number < len(jobs) else 0,
             )
         except UserError as problem:
             result.error = str(problem)

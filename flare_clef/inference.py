@@ -122,6 +122,10 @@ class FoldedNetwork:
             "raise --memory-limit or free some memory"
         )
 
+    def least_bytes(self, grid: tuple[int, int, int]) -> int:
+        """What the thinnest slabs take."""
+        return self._peak_bytes(grid, self.slab_slices[-1])
+
     def _peak_bytes(self, grid: tuple[int, int, int], slab_slices: int) -> int:
         depth, height, width = grid
         voxels = depth * height * width

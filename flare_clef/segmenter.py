@@ -177,15 +177,17 @@ class Segmenter:
         on_stage: Callable[[str], None] | None = None,
         with_confidence: bool = False,
         with_logits: bool = False,
+        beside_bytes: int = 0,
     ) -> Segmentation:
         """The stages one after the other; ``on_stage`` hears the name of each as it begins.
 
         ``with_logits`` keeps the 13 maps in the result: 13 x 192^3 numbers of the network's
-        precision, 368 MB in fp32.
+        precision, 368 MB in fp32. ``beside_bytes``: RAM that others (who read the next scan) will
+        take meanwhile; the network leaves it to them where it can do without.
         """
         wanted = organ_indices(organs)
         clock = _Clock(on_stage)
-        limit = self._limit_for(image)
+        limit = self._limit_for(image, beside_bytes)
 
         clock.begin("prepare")
         prepared = prepare(image.array, image.direction, self.grid, spacing_mm=image.spacing_mm)
@@ -216,10 +218,15 @@ class Segmenter:
             placement,
         )
 
-    def _limit_for(self, image: Image) -> int | None:
+    def _limit_for(self, image: Image, beside_bytes: int) -> int:
         """Bytes that the network may use, after scan and labels have had theirs."""
         if self.device.type != "cpu":
             return max(0, (self.memory_limit_bytes or _GPU_LIMIT_BYTES) - _GPU_OWN_BYTES)
+        left = self._left_for(image)
+        least = self._network.least_bytes((self.grid, self.grid, self.grid))
+        return max(left - beside_bytes, min(left, least))
+
+    def _left_for(self, image: Image) -> int:
         labels = image.array.size
         if self.memory_limit_bytes is None:
             # Without the second, a scan of the same size as the last would find no room.

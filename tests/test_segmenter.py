@@ -13,6 +13,7 @@ from test_preparation import all_48, stored_as
 
 from flare_clef import ORGANS, Segmenter
 from flare_clef.errors import UsageError, UserError
+from flare_clef.images import image_from_array
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,19 @@ def test_odd_scans_end_without_a_crash(segmenter):
 def test_an_array_needs_its_spacing(segmenter):
     with pytest.raises(UserError, match="needs spacing_mm"):
         segmenter.predict(body_hu())
+
+
+def test_room_is_left_for_the_next_scan_where_there_is_some(tiny_weights):
+    image = image_from_array(body_hu(), (1.5, 1.5, 3.0))
+    segmenter = Segmenter(tiny_weights, precision="fp32", memory_limit_bytes=2**30)
+    alone = segmenter._limit_for(image, 0)
+    least = segmenter._network.least_bytes((32, 32, 32))
+    assert segmenter._limit_for(image, 1000) == alone - 1000
+    assert segmenter._limit_for(image, 2**30) == least < alone
+    assert segmenter._network.plan((32, 32, 32), least).slab_slices == 2
+    # Too little for the network itself: it is told so, with what there is.
+    segmenter.memory_limit_bytes = 2**30 - alone + least - 1
+    assert segmenter._limit_for(image, 2**30) == least - 1
 
 
 def test_a_memory_limit_that_cannot_be_kept_is_refused(tiny_weights):
