@@ -104,14 +104,14 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d+", "0", name)
 
 
-def read_series(folder: Path) -> sitk.Image:
-    """The one series of ``folder`` as a volume. Raises UserError, one line."""
+def read_series(folder: Path) -> tuple[sitk.Image, tuple[str, ...]]:
+    """The one series of ``folder`` as a volume, and its files. Raises UserError, one line."""
     files = series_files(folder)
     _check_slices(folder, files)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
     try:
-        return reader.Execute()
+        return reader.Execute(), files
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder}: the series cannot be read ({last})") from None

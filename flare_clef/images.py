@@ -54,7 +54,7 @@ def read_image(path: Path) -> Image:
     check_name(path)
     try:
         if path.is_dir():
-            return _checked(*_unpack(read_series(path), path), source=path)
+            return _read_dicom(path)
         if not path.exists():
             kind = "a link to nothing" if path.is_symlink() else "no such file"
             raise UserError(f"{path}: {kind}; check the path")
@@ -71,6 +71,16 @@ def read_image(path: Path) -> Image:
         return image
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_dicom(folder: Path) -> Image:
+    series, files = read_series(folder)
+    image = _checked(*_unpack(series, folder), source=folder)
+    if len(image.array) > 1 and len(files) == 1:
+        # Of slices in files of their own this is checked.
+        unknown = f"one file of {len(image.array)} frames: gaps or a tilt between them go unnoticed"
+        image = replace(image, warnings=(unknown, *image.warnings))
+    return image
 
 
 def _read_nifti(path: Path) -> Image:

@@ -410,6 +410,17 @@ def test_what_lies_beside_a_series_does_not_hide_it(tmp_path: Path):
     assert find_inputs(tmp_path) == [tmp_path / "pet", series]
 
 
+def test_many_frames_in_one_file_are_read_with_a_warning(tmp_path: Path):
+    frames = sitk.GetImageFromArray(np.arange(1024, dtype=np.uint16).reshape(4, 16, 16))
+    (tmp_path / "s").mkdir()
+    sitk.WriteImage(frames, str(tmp_path / "s" / "all.dcm"))
+    image = read_image(tmp_path / "s")
+    assert image.array.shape == (4, 16, 16)
+    assert image.warnings[0].startswith("one file of 4 frames: gaps or a tilt")
+    write_dicom(tmp_path / "t", [6, 0, 3, 9])
+    assert not any("frames" in warning for warning in read_image(tmp_path / "t").warnings)
+
+
 def test_one_slice_whose_position_is_empty(tmp_path: Path):
     write_dicom(tmp_path / "s", [3])
     slice_of = next((tmp_path / "s").iterdir())
