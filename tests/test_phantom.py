@@ -162,8 +162,8 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shipped_weights_find_the_large_organs() -> None:
-    """DSC with these weights: liver and right kidney .97, gallbladder and spleen .95, stomach .92,
-    vena cava .91, left kidney .85, aorta .84, duodenum .68. A larger fall is a fault."""
+    """DSC with these weights: liver and right kidney .98, left kidney and spleen .96, gallbladder
+    .93, stomach .92, vena cava .89, aorta .85, duodenum .70. A larger fall is a fault."""
     from flare_clef.metrics import dice
     from flare_clef.segmenter import Segmenter
 
@@ -171,7 +171,7 @@ def test_shipped_weights_find_the_large_organs() -> None:
     found = Segmenter().predict(body.hu, spacing_mm=body.spacing_mm, origin_mm=body.origin_mm)
     for name, least in (
         ("liver", 0.90), ("right_kidney", 0.85), ("stomach", 0.85), ("spleen", 0.80),
-        ("aorta", 0.72), ("inferior_vena_cava", 0.75), ("left_kidney", 0.80),
+        ("aorta", 0.72), ("inferior_vena_cava", 0.75), ("left_kidney", 0.85),
         ("gallbladder", 0.80), ("duodenum", 0.58),
     ):  # fmt: skip
         assert dice(found, body.labels, ORGAN_BY_NAME[name].index) > least, name
