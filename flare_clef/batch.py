@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UserError, one_line
 from flare_clef.images import read_image
 from flare_clef.jobs import Job
 
@@ -67,7 +67,7 @@ class Reader:
             except MemoryError:
                 error = f"{job.source}: too large for the memory that is free"
             except Exception as problem:  # a file must never end the batch
-                error = f"{job.source}: cannot be read ({_one_line(problem)})"
+                error = f"{job.source}: cannot be read ({one_line(problem)})"
             self._ready.put(_Read(job, image, error, time.perf_counter() - began))
 
     def __iter__(self) -> Iterator[_Read]:
@@ -151,7 +151,7 @@ def run(
             result.error = f"{item.job.source}: not enough memory; set --memory-limit"
         except RuntimeError as problem:
             advice = "; use --device cpu" if segmenter.device.type != "cpu" else ""
-            reason = _one_line(problem)
+            reason = one_line(problem)
             result.error = f"{item.job.source}: cannot be segmented ({reason}){advice}"
         if result.error:
             writer.submit(partial(_as_it_is, result))
@@ -191,11 +191,6 @@ def _write(
     except UserError as problem:
         result.error = str(problem)
     except Exception as problem:  # the writer must outlive any one case
-        result.error = f"{result.job.target}: cannot be written ({_one_line(problem)})"
+        result.error = f"{result.job.target}: cannot be written ({one_line(problem)})"
     result.seconds["write"] = round(time.perf_counter() - began, 3)
     return result
-
-
-def _one_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flare_clef.dicom import series_files
-from flare_clef.errors import UserError
+from flare_clef.errors import UserError, one_line
 from flare_clef.organs import ORGANS, Organ
 from flare_clef.version import __version__
 
@@ -82,9 +82,8 @@ def segmentation_file(
                 omit_empty_frames=True,
             )
         except (ValueError, AttributeError, TypeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
-                f"{folder}: no DICOM Segmentation can refer to this series ({reason})"
+                f"{folder}: no DICOM Segmentation can refer to this series ({one_line(error)})"
             ) from None
     file = io.BytesIO()
     made.save_as(file)

@@ -15,6 +15,12 @@ class UsageError(UserError):
     """An option has a value that it cannot have. The command line exits with ``EXIT_USAGE``."""
 
 
+def one_line(problem: BaseException) -> str:
+    """The first line of what ``problem`` says; its class where it says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
+
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 """At least one case or the whole command failed; the reason was printed."""

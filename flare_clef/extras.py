@@ -12,10 +12,10 @@ import numpy as np
 
 from flare_clef.formats import itksnap_labels, slicer_colours
 from flare_clef.images import Image
-from flare_clef.measurement_files import LABELS_CHECKSUM, MeasurementFiles, checksum
+from flare_clef.measurement_files import LABELS_CHECKSUM, MeasurementFiles
 from flare_clef.measurements import CaseMeasurement, measure
 from flare_clef.organs import ORGANS
-from flare_clef.paths import behind_link
+from flare_clef.paths import behind_link, checksum
 from flare_clef.scan_files import strip_suffix
 from flare_clef.writing import write_bytes, write_labels
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.measurements import CaseMeasurement, OrganMeasurement
+from flare_clef.paths import checksum
 from flare_clef.version import __version__
 from flare_clef.writing import write_bytes
 
@@ -37,11 +37,6 @@ def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(organ: OrganMeasurement) -> dict[str, Any]:
     """As JSON gives it back: lists, no tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, which fits into memory."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:

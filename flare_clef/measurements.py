@@ -13,6 +13,7 @@ import numpy as np
 
 from flare_clef.images import Image
 from flare_clef.label_parts import Box, masks_in_boxes, part_sizes
+from flare_clef.metrics import voxel_ml
 from flare_clef.organs import ORGANS, Organ
 from flare_clef.preparation import canonical_axes
 
@@ -135,9 +136,6 @@ def _measure_organ(
     flips: tuple[bool, bool, bool],
 ) -> OrganMeasurement:
     voxels = int(mask.sum())
-    voxel_ml = float(abs(np.linalg.det(np.reshape(image.direction, (3, 3))))) * float(
-        np.prod(image.spacing_mm) / 1000
-    )
     sizes = part_sizes(mask)
     stored_mm = np.array(mask.shape) * image.spacing_mm[::-1]
     z, y, x = (float(stored_mm[a]) for a in axes)
@@ -148,7 +146,7 @@ def _measure_organ(
     return OrganMeasurement(
         organ.name,
         organ.index,
-        round(voxels * voxel_ml, 3),
+        round(voxels * voxel_ml(image.spacing_mm, image.direction), 3),
         **_hu(image.array[box][mask]),
         box_mm=(round(x, 1), round(y, 1), round(z, 1)),
         parts=len(sizes),

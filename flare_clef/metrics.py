@@ -94,10 +94,8 @@ def volumes_ml(
     voxels = np.zeros(256, dtype=np.int64)
     for plane in labels:  # bincount copies what it counts, 8 bytes a voxel
         voxels += np.bincount(plane.ravel(), minlength=256)
-    voxel_ml = _voxel_ml(spacing_mm)
-    if direction is not None:
-        voxel_ml *= float(abs(np.linalg.det(np.reshape(direction, (3, 3)))))
-    return {organ.name: float(voxels[organ.index]) * voxel_ml for organ in ORGANS}
+    one_ml = voxel_ml(spacing_mm, direction)
+    return {organ.name: float(voxels[organ.index]) * one_ml for organ in ORGANS}
 
 
 def score_organs(
@@ -118,13 +116,13 @@ def score_organs(
     _check_shapes(prediction, reference)
     predicted_boxes = find_objects(prediction, max_label=len(ORGANS))
     reference_boxes = find_objects(reference, max_label=len(ORGANS))
-    voxel_ml = _voxel_ml(spacing_mm)
+    one_ml = voxel_ml(spacing_mm)
     scores = {}
     for name in organs:
         organ = ORGAN_BY_NAME[name]
         predicted = _Part(prediction, organ.index, predicted_boxes[organ.index - 1])
         referenced = _Part(reference, organ.index, reference_boxes[organ.index - 1])
-        volume_ml, reference_ml = predicted.voxels * voxel_ml, referenced.voxels * voxel_ml
+        volume_ml, reference_ml = predicted.voxels * one_ml, referenced.voxels * one_ml
         if rules != "plain" and name in SCORED_WITHIN_REFERENCE and referenced.box is not None:
             first, last = referenced.box[0].start, referenced.box[0].stop - 1
             # A reference of one slice would leave none to score: it is scored on that one.
@@ -199,8 +197,12 @@ def _agreement(
     )
 
 
-def _voxel_ml(spacing_mm: tuple[float, float, float]) -> float:
-    return float(np.prod(np.asarray(spacing_mm, dtype=np.float64))) / 1000
+def voxel_ml(
+    spacing_mm: tuple[float, float, float], direction: tuple[float, ...] | None = None
+) -> float:
+    """Volume of a voxel in ml; ``direction`` as in :func:`volumes_ml`."""
+    leaning = 1.0 if direction is None else abs(np.linalg.det(np.reshape(direction, (3, 3))))
+    return float(leaning * np.prod(np.asarray(spacing_mm, dtype=np.float64)) / 1000)
 
 
 def _count(mask: np.ndarray) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from flare_clef.errors import UsageError, UserError
+from flare_clef.errors import UsageError, UserError, one_line
 from flare_clef.integer_convolution import FULL, IntegerConvolution, highest_activation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +70,7 @@ def gpu_trouble(device: torch.device) -> str:
         del room
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return one_line(error)
     return "" if right else "it miscalculates a small convolution"
 
 

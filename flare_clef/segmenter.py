@@ -219,7 +219,7 @@ class Segmenter:
         )
 
     def _limit_for(self, image: Image, beside_bytes: int) -> int:
-        """Bytes that the network may use, after scan and labels have had theirs."""
+        """Bytes that the network may use; of RAM, ``beside_bytes`` less where that is enough."""
         if self.device.type != "cpu":
             return max(0, (self.memory_limit_bytes or _GPU_LIMIT_BYTES) - _GPU_OWN_BYTES)
         left = self._left_for(image)
@@ -227,6 +227,7 @@ class Segmenter:
         return max(left - beside_bytes, min(left, least))
 
     def _left_for(self, image: Image) -> int:
+        """Bytes of RAM after scan and labels have had theirs. Raises UserError for none."""
         labels = image.array.size
         if self.memory_limit_bytes is None:
             # Without the second, a scan of the same size as the last would find no room.

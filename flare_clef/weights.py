@@ -9,7 +9,6 @@ Never a pickle: loading runs no code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -204,13 +203,3 @@ def _architecture(stated: dict[str, Any]) -> Architecture:
         raise ValueError(f"architecture has the keys {sorted(stated)}, expected {sorted(known)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
     return Architecture(**values)
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of the file, hexadecimal."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )

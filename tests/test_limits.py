@@ -234,16 +234,19 @@ def test_this_machine() -> None:
         assert 0 < limits.available_memory_bytes() <= total
 
 
-FAULTS = """
-import ctypes, resource, sys, threading
-from flare_clef.limits import keep_memory
-if sys.argv[1] == "keep":
-    assert keep_memory()
+LIBC = """
+import ctypes
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+"""
+FAULTS = f"""{LIBC}
+import resource, sys, threading
+from flare_clef.limits import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory()
 SIZE = 100 << 20
 def work():
     for turn in range(2):
@@ -287,15 +290,9 @@ def test_keep_memory_spares_the_faults_of_a_second_block(where: str) -> None:
     assert second_block("plain") >= 50
 
 
-KEPT = """
-import ctypes
-from flare_clef.limits import available_memory_bytes, keep_memory, kept_memory_bytes
+KEPT = f"""{LIBC}
+from flare_clef.limits import keep_memory, kept_memory_bytes
 assert keep_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.malloc.argtypes = [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 SIZE = 3 << 30  # more than 32 bits hold
 before = kept_memory_bytes()
 block = libc.malloc(SIZE)

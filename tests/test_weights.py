@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from flare_clef.calibration import tensor_shapes
 from flare_clef.errors import UserError
-from flare_clef.weights import checksum, load_weights, save_weights
+from flare_clef.paths import checksum
+from flare_clef.weights import load_weights, save_weights
 
 
 def _rewrite(source: Path, target: Path, metadata=None, tensors=None) -> Path:

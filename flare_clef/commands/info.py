@@ -56,9 +56,10 @@ def _installation(path: Path | None, device: str, precision: str) -> dict[str, A
     from flare_clef.limits import available_memory_bytes, usable_cores
     from flare_clef.network import parameter_count
     from flare_clef.organs import ORGANS
+    from flare_clef.paths import checksum
     from flare_clef.precision import choose_device, choose_precision
     from flare_clef.version import __version__
-    from flare_clef.weights import checksum, load_weights
+    from flare_clef.weights import load_weights
 
     weights = load_weights(path)
     cores = usable_cores()
