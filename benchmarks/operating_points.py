@@ -23,7 +23,6 @@ import torch
 from flare_clef.images import Image, image_from_array, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.metrics import dice_per_organ
-from flare_clef.network import SegmentationNetwork
 from flare_clef.organs import ORGANS
 from flare_clef.phantom import PhantomOptions, make_phantom
 from flare_clef.preparation import prepare
@@ -31,22 +30,16 @@ from flare_clef.restoration import restore
 from flare_clef.training.cases import place_labels, read_labels
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.operating_points import OFFSETS, choose, dice_by_offset, move
-from flare_clef.weights import Weights, load_weights
+from flare_clef.training.operating_points import (
+    OFFSETS,
+    choose,
+    dice_by_offset,
+    points_of,
+    without_points,
+)
+from flare_clef.weights import load_weights
 
 NAMES = [organ.name for organ in ORGANS]
-
-
-def offsets_of(weights: Weights) -> np.ndarray:
-    """(13,) what the file was exported with."""
-    points = weights.record.get("operating_points") or {}
-    return np.array([points.get(name, 0.0) for name in NAMES])
-
-
-def without_offsets(weights: Weights) -> SegmentationNetwork:
-    network = weights.network()
-    move(network, -offsets_of(weights))
-    return network
 
 
 def report_choice(folded: FoldedNetwork, data: Path, names: list[str]) -> None:
@@ -110,11 +103,11 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.weights:
         weights = load_weights(path)
-        folded = FoldedNetwork(without_offsets(weights), torch.device("cpu"), "fp32")
+        folded = FoldedNetwork(without_points(weights), torch.device("cpu"), "fp32")
         print(path.name)
         report_choice(folded, options.choose, options.cases)
         if options.elsewhere is not None:
-            report_elsewhere(folded, offsets_of(weights), options.elsewhere)
+            report_elsewhere(folded, points_of(weights), options.elsewhere)
 
 
 if __name__ == "__main__":

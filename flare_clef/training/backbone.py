@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork, UNet
+from flare_clef.training.operating_points import without_points
 from flare_clef.weights import Weights, load_weights
 
 BACKBONE = "backbone.safetensors"
@@ -49,6 +50,8 @@ def load_fitting(path: Path, architecture: Architecture, remedy: str) -> Weights
 def load_start(path: Path, architecture: Architecture) -> SegmentationNetwork | UNet:
     """The backbone (or the whole network, from a weights file) that fine-tuning begins with.
 
+    Operating points that a weights file was exported with are taken back: its export gives the
+    run's result its own.
     Raises UserError where it cannot be read or is of another architecture.
     """
     try:
@@ -58,7 +61,7 @@ def load_start(path: Path, architecture: Architecture) -> SegmentationNetwork | 
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name a .safetensors file") from None
     if metadata.get("format") != _FORMAT:
-        return load_fitting(path, architecture, "make [network] the same").network()
+        return without_points(load_fitting(path, architecture, "make [network] the same"))
     if json.loads(metadata["architecture"]) != json.loads(json.dumps(asdict(architecture))):
         raise UserError(
             f"{path}: its architecture is {metadata['architecture']}; make [network] the same"

@@ -26,6 +26,7 @@ from flare_clef.training.batches import batch_of
 from flare_clef.training.cases import PreparedCase
 from flare_clef.training.doubt import CLASSES, UNDECIDED
 from flare_clef.training.finetuning_plan import Stage
+from flare_clef.weights import Weights
 
 LOWEST, HIGHEST, STEP = -1.0, 1.0, 0.25
 """Candidates. Four cases asked for -2.75 for a left kidney, to lose what lay in their bowel; six
@@ -130,6 +131,19 @@ def _best(curves: np.ndarray) -> np.ndarray:
         good = np.flatnonzero(curve >= curve.max() - NO_WORSE)
         picks.append(good[np.abs(OFFSETS[good]).argmin()])
     return np.array(picks)
+
+
+def points_of(weights: Weights) -> np.ndarray:
+    """The offsets, (13,), that a weights file was exported with; 0 where it names none."""
+    points: dict[str, float] = weights.record.get("operating_points") or {}
+    return np.array([points.get(organ.name, 0.0) for organ in ORGANS])
+
+
+def without_points(weights: Weights) -> SegmentationNetwork:
+    """The network as it was trained: what its export moved is moved back."""
+    network = weights.network()
+    move(network, -points_of(weights))
+    return network
 
 
 def move(network: SegmentationNetwork, offsets: np.ndarray) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from flare_clef.network import Architecture, SegmentationNetwork
-from flare_clef.organs import ORGANS
 from flare_clef.training.backbone import load_fitting
-from flare_clef.training.operating_points import move
+from flare_clef.training.operating_points import without_points
 from flare_clef.weights import Weights
 
 
@@ -34,9 +32,6 @@ def take_mean(network: SegmentationNetwork, others: Sequence[Weights]) -> None:
     """
     own = network.state_dict()
     for count, weights in enumerate(others, start=2):
-        other = weights.network()
-        points: dict[str, float] = weights.record.get("operating_points") or {}
-        move(other, -np.array([points.get(organ.name, 0.0) for organ in ORGANS]))
-        for name, tensor in other.state_dict().items():
+        for name, tensor in without_points(weights).state_dict().items():
             if tensor.is_floating_point():
                 own[name].lerp_(tensor.to(own[name]), 1 / count)

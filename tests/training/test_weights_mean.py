@@ -7,6 +7,7 @@ import torch
 
 from flare_clef.errors import UserError
 from flare_clef.network import Architecture, SegmentationNetwork
+from flare_clef.training.backbone import load_start
 from flare_clef.training.weights_mean import load_others, take_mean
 from flare_clef.weights import save_weights
 
@@ -36,6 +37,18 @@ def test_three_count_alike_and_points_are_taken_back(tmp_path: Path) -> None:
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
             assert torch.allclose(tensor, torch.tensor(3.0)), name  # (1 + 2 + 6) / 3
+
+
+def test_a_start_is_the_network_as_it_was_trained(tmp_path: Path) -> None:
+    """Else the next export would move it a second time."""
+    moved = filled(6.0)
+    with torch.no_grad():
+        moved.head[-1].bias[10] += 0.5
+    record = {"operating_points": {"stomach": 0.5}}
+    save_weights(tmp_path / "b.safetensors", moved, record=record)
+    start = load_start(tmp_path / "b.safetensors", SMALL)
+    assert isinstance(start, SegmentationNetwork)
+    assert all((t == 6.0).all() for t in start.parameters())
 
 
 def test_none_changes_nothing() -> None:
