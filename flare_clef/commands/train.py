@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,14 +94,11 @@ def run(
 
     Run again with the same RUN folder to go on where it was broken off.
     """
-    from flare_clef.training.pipeline import finetune, pretrain
+    from flare_clef.training import pipeline
 
-    def stages(run: Run) -> None:
-        if run.recipe.pretrain is not None:
-            pretrain(run)
-        finetune(run)
-
-    _train(stages, recipe_path, output, data, set_, threads, precision, device, quiet)
+    _train(
+        pipeline.all_stages, recipe_path, output, data, set_, threads, precision, device, quiet
+    )  # fmt: skip
 
 
 @train.command()
@@ -189,6 +187,7 @@ def _train(
     from flare_clef.errors import UsageError
     from flare_clef.limits import keep_memory, usable_cores
     from flare_clef.precision import choose_device, choose_precision
+    from flare_clef.training.pipeline import export_run
     from flare_clef.training.processes import (
         from_first,
         join_processes,
@@ -198,6 +197,7 @@ def _train(
     from flare_clef.training.provenance import computing_of
     from flare_clef.training.recipe import load_recipe
     from flare_clef.training.run import Run
+    from flare_clef.training.run_lock import only_training_in
     from flare_clef.training.stopping import Stopped
 
     recipe = load_recipe(recipe_path, overrides or ())
@@ -207,14 +207,14 @@ def _train(
     cores = threads or usable_cores()
     torch.set_num_threads(cores)
     place = join_processes(choose_device(device)[0])
-    # On GPUs bf16: fp16 has too few exponents for gradients.
-    wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
-    if wanted in ("fp16", "int8"):
-        raise UsageError(f"--precision {wanted}: training knows auto, fp32 and bf16")
+    if precision in ("fp16", "int8"):
+        raise UsageError(f"--precision {precision}: training knows auto, fp32 and bf16")
     former = computing_of(output, place.type)
-    if wanted == "auto" and former:
+    if precision == "auto" and "precision" in former:
         chosen, why = former["precision"], "as this run began; --precision changes it"
     else:
+        # On GPUs bf16: fp16 has too few exponents for gradients.
+        wanted = "bf16" if precision == "auto" and place.type == "cuda" else precision
         # Timings differ from process to process: the first one's hold.
         chosen, why = from_first(choose_precision(wanted, place, cores))
 
@@ -224,13 +224,17 @@ def _train(
 
     if not quiet:
         say(f"{place}, {cores} thread(s), {chosen} ({why})")
-    if former and (former["precision"], former["threads"]) != (chosen, cores):
+    began = former.get("precision"), former.get("threads")
+    if former and began != (chosen, cores):
         say(
-            f"warning: this run began with {former['precision']} on {former['threads']} "
+            f"warning: this run began with {began[0]} on {began[1]} "
             "thread(s); what comes now differs from it by rounding"
         )
+    # An export only reads what a training that goes on has kept.
+    alone = rank() == 0 and action is not export_run
     try:
-        action(Run(recipe, recipe_path.parent, output, chosen, place, say, data or (), quiet))
+        with only_training_in(output) if alone else nullcontext():
+            action(Run(recipe, recipe_path.parent, output, chosen, place, say, data or (), quiet))
     except Stopped as stopped:
         typer.echo(f"flare-clef: {stopped}; the checkpoint is kept, run again to go on", err=True)
         raise typer.Exit(stopped.exit_code) from None

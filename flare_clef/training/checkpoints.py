@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UserError, one_line
 
 LAST = "checkpoint.pt"
 BEFORE = "checkpoint.before.pt"
 BEST = "best.pt"
 DAMAGED = "checkpoint.damaged.pt"
+_UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], name: str = LAST) -> None:
@@ -63,11 +67,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = _read(path)
-        except (
-            *(RuntimeError, EOFError, OSError, ValueError),
-            *(pickle.UnpicklingError, zipfile.BadZipFile),
-        ) as error:
-            print(f"{path}: cannot be read ({str(error).splitlines()[0]})", file=sys.stderr)
+        except _UNREADABLE as error:
+            print(f"{path}: cannot be read ({one_line(error)})", file=sys.stderr)
             damaged.append(path)
             continue
         if damaged:
@@ -76,6 +77,17 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if damaged:
         raise UserError(f"{damaged[-1]}: no checkpoint of this run can be read; remove {folder}")
     return None
+
+
+def load_best(folder: Path) -> dict[str, Any]:
+    """The best network of a run with early stopping. Raises UserError where it cannot be read."""
+    try:
+        return _read(folder / BEST)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{folder / BEST}: cannot be read ({one_line(error)}); export the last network with "
+            "--set finetune.patience_epochs=0"
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from flare_clef.calibration import Calibration
-from flare_clef.errors import UserError
+from flare_clef.errors import UserError, one_line
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.provenance import PRETRAINING_CASES
+from flare_clef.training.provenance import PRETRAINING_CASES, trained_on
 from flare_clef.training.validation import DiceTable, means
 from flare_clef.weights import save_weights
 
@@ -26,7 +28,6 @@ def export(
     description: dict[str, Any],
     table: DiceTable,
     *,
-    trained_on: Sequence[Case],
     kept_aside: Sequence[Case],
     precision: str,
     steps: int,
@@ -46,7 +47,7 @@ def export(
     seen: dict[str, str] = {}
     for other in mean_with:
         seen.update(other.get("trained_on", {}))
-    seen.update({case.name: case.source for case in trained_on})
+    seen.update(trained_on(description))
     record: dict[str, Any] = {
         **description["versions"],
         "machine": description["machine"]["processor"],
@@ -72,11 +73,12 @@ def export(
             licence=recipe["export"]["licence"],
             calibration=calibration,
         )
-        if kept_aside and table:
-            check_prediction(candidate, kept_aside[0], table, precision)
+        if judged := [case for case in kept_aside if case.name in table]:
+            check_prediction(candidate, judged[0], table, precision)
         os.replace(candidate, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: cannot be written ({reason})") from None
     finally:
         candidate.unlink(missing_ok=True)
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from flare_clef.network import Architecture, SegmentationNetwork, UNet, norms
 from flare_clef.training.batches import LabelledBatch, batch_of, draw_order, make_batch
 from flare_clef.training.cases import PreparedCase
-from flare_clef.training.checkpoints import BEST, save_checkpoint
+from flare_clef.training.checkpoints import BEST, load_best, save_checkpoint
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.forward import forward_precision
 from flare_clef.training.loop import Trainer
 from flare_clef.training.losses import sigmoid_dice_loss, softmax_dice_loss
 from flare_clef.training.muon import Muon
 from flare_clef.training.processes import from_first
-from flare_clef.training.validation import DiceTable, means
+from flare_clef.training.validation import DiceTable
 
 _VOLUMES_FOR_STATISTICS = 24
 """So many volumes give the statistics that are frozen."""
@@ -79,8 +79,8 @@ class Finetuning(Trainer):
     """Fine-tuning in ``folder``.
 
     ``validate`` judges the network by the product's path after each step of ``validate_at``;
-    ``kept_aside`` are the prepared cases whose loss decides the early stopping. The best
-    network (by the validation loss where it is computed, else by mean DSC) is ``best.pt``.
+    ``kept_aside`` are the prepared cases whose loss decides the early stopping; where there is
+    one, the network with the lowest is ``best.pt``.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class Finetuning(Trainer):
         self.has_statistics = isinstance(start, SegmentationNetwork)
         """Of whole bodies, and the weights fit them: frozen from the first step on, they stay."""
         self.frozen = False
-        self.best: float | None = None
-        """Lowest validation loss, or 1 - highest mean DSC, so far."""
+        self.best_loss: float | None = None
+        """Lowest validation loss so far."""
         self.epochs_without_gain = 0
         self.order = draw_order(plan, cases)
         self.load()
@@ -141,7 +141,7 @@ class Finetuning(Trainer):
     def state(self) -> dict[str, Any]:
         return {
             "frozen": self.frozen,
-            "best": self.best,
+            "best_loss": self.best_loss,
             "epochs_without_gain": self.epochs_without_gain,
         }
 
@@ -150,7 +150,7 @@ class Finetuning(Trainer):
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.frozen = saved["frozen"]
-        self.best = saved.get("best")
+        self.best_loss = saved.get("best_loss")
         self.epochs_without_gain = saved.get("epochs_without_gain", 0)
 
     def before_step(self, step: int) -> None:
@@ -186,20 +186,18 @@ class Finetuning(Trainer):
             with self.average.in_place():
                 self.network.eval()
                 if judge and self.first:
-                    self._judge(grid, done, by_loss=bool(self.plan.patience_epochs))
+                    self._judge(grid, done)
                 if compare:
                     self._compare_loss(grid, done)
         return bool(self.plan.patience_epochs) and (
             self.epochs_without_gain >= self.plan.patience_epochs
         )
 
-    def _judge(self, grid: int, done: int, *, by_loss: bool) -> None:
+    def _judge(self, grid: int, done: int) -> None:
         assert self.validate is not None
         table = self.validate(self.network, grid)
         self.log("validation.jsonl", {"step": done, "dice": table})
         self.on_validation(done, table)
-        if table and not by_loss:
-            self._keep_best(1 - means(table)["mean"], done)
 
     def _compare_loss(self, grid: int, done: int) -> None:
         """Early stopping (section 3.2): counts epochs in which the loss did not decrease."""
@@ -220,12 +218,12 @@ class Finetuning(Trainer):
                 losses.append(float(self.objective(batch)[0]))
         return fmean(losses)
 
-    def _keep_best(self, value: float, done: int) -> bool:
-        if not (math.isfinite(value) and (self.best is None or value < self.best)):
+    def _keep_best(self, loss: float, done: int) -> bool:
+        if not (math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)):
             return False
-        self.best = value
+        self.best_loss = loss
         if self.first:
-            state = {"step": done, "value": value, "network": self.network.state_dict()}
+            state = {"step": done, "loss": loss, "network": self.network.state_dict()}
             save_checkpoint(self.folder, state, BEST)
         return True
 
@@ -239,9 +237,8 @@ class Finetuning(Trainer):
 
     def result(self) -> SegmentationNetwork:
         """The network to export, as :meth:`run` says, in evaluation mode."""
-        if self.plan.patience_epochs and self.best is not None:
-            best = torch.load(self.folder / BEST, weights_only=True, map_location="cpu")
-            self.network.load_state_dict(best["network"])
+        if self.plan.patience_epochs and self.best_loss is not None:
+            self.network.load_state_dict(load_best(self.folder)["network"])
         else:
             self.average.copy_to_network()
         return self.network.eval()

@@ -167,10 +167,6 @@ class Trainer:
         self.seconds = saved.get("seconds", 0.0)
         self.ended = saved.get("ended", False)
         self.restore(saved)
-        if self.first:
-            forget_steps_from(self.folder / "metrics.jsonl", self.step)
-            for name in ("validation.jsonl", "validation_loss.jsonl"):
-                forget_steps_from(self.folder / name, self.step + 1)
 
     def save(self) -> None:
         """Writes the checkpoint of the present step, atomically."""
@@ -195,6 +191,10 @@ class Trainer:
 
     def train(self) -> None:
         """Steps to the end of the plan. Raises Stopped after a signal, UserError if it cannot."""
+        if self.first:
+            forget_steps_from(self.folder / "metrics.jsonl", self.step)
+            for name in ("validation.jsonl", "validation_loss.jsonl"):
+                forget_steps_from(self.folder / name, self.step + 1)
         saved_at = time.monotonic()
         with self._signal:
             for step, batches in self._batches():

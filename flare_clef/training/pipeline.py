@@ -42,13 +42,28 @@ CURVES_EVERY_SECONDS = 300
 """Pre-training has no validation at which to draw them."""
 
 
+def all_stages(run: Run) -> Path:
+    """Pre-trains, if the recipe says so, fine-tunes and exports; returns the weights' file."""
+    if run.recipe.pretrain is not None:
+        if start := run.recipe.finetune.start:
+            raise UserError(
+                f"finetune.start = {start!r}: it would stand in for the pre-training; leave it "
+                "out, or the pre-training with --set pretrain=false"
+            )
+        _others(run)
+        pretrain(run)
+    return finetune(run)
+
+
 def pretrain(run: Run) -> Path:
     """Pre-trains on all scans but those kept aside; returns the backbone's file."""
     plan = run.recipe.pretrain
     if plan is None:
         raise UserError("pretrain: the recipe has no [pretrain] table; add one")
-    trained, _ = split(run, run.labelled())
+    trained, _ = split(run, run.labelled(needed=False))
     cases = trained + run.unlabelled()
+    if not cases:
+        raise UserError("pretrain: no scans; name a folder with --data or data.unlabelled")
     prepared = run.prepare(cases)
     run.describe(cases, provenance.PRETRAINING_CASES)
     plan = plan.for_cases(len(prepared))
@@ -78,14 +93,15 @@ def finetune(run: Run) -> Path:
     _others(run)  # a file that doesn't fit is told before the training, not after it
     cases = run.labelled()
     trained, aside = split(run, cases)
-    prepared = run.prepare(trained)
-    prepared_aside = run.prepare(aside) if plan.patience_epochs else []
+    # Those kept aside are checked now as well, not when they are first needed.
+    prepared = run.prepare([*trained, *aside])
+    prepared, prepared_aside = prepared[: len(trained)], prepared[len(trained) :]
     if plan.patience_epochs and not aside:
         raise UserError(
             "finetune.patience_epochs: early stopping needs cases kept aside; set data.folds or "
             "data.validation"
         )
-    description = run.describe(cases)
+    description = run.describe(cases, kept_aside=aside)
     plan = plan.for_cases(len(prepared))
     run.say(
         f"fine-tuning: {len(trained)} case(s), {len(aside)} kept aside, {plan.steps} steps at most"
@@ -93,7 +109,7 @@ def finetune(run: Run) -> Path:
 
     def judge(network: SegmentationNetwork, grid: int) -> DiceTable:
         shown = BestAndWorst()
-        table = validate(network, aside, grid, run.precision, on_case=shown.see)
+        table = validate(network, aside, grid, run.precision_on_cpu, on_case=shown.see)
         run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
         rows = "  ".join(f"{organ} {value:.3f}" for organ, value in means(table).items())
         run.say(f"validation at {grid}^3: {rows}")
@@ -125,9 +141,15 @@ def export_run(run: Run) -> Path:
     """Exports the network that the run's checkpoint holds, finished or not."""
     cases = run.labelled()
     trained, aside = split(run, cases)
+    description = provenance.read_run(run.folder)
+    if seen := sorted({case.name for case in aside} & provenance.trained_on(description).keys()):
+        raise UserError(
+            f"{run.folder}: trained on {', '.join(seen[:5])}, which would be kept aside now; "
+            "export with the data.validation or data.folds that the run had"
+        )
     trainer = Finetuning(
         run.recipe.finetune,
-        run.prepare(trained),
+        run.prepare([*trained, *aside])[: len(trained)],
         run.folder,
         architecture=run.recipe.network,
         precision=run.precision,
@@ -135,7 +157,6 @@ def export_run(run: Run) -> Path:
     if trainer.step == 0:
         raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
     path = run.folder / WEIGHTS
-    description = provenance.read_run(run.folder)
     # This may be decided after the training.
     description["recipe"]["export"] = asdict(run.recipe.export)
     _export(run, trainer, trainer.result(), description, (trained, aside), path)
@@ -154,6 +175,7 @@ def _export(
     trained, aside = cases
     grid = run.recipe.finetune.stages[-1].grid
     others = _others(run)
+    network = network.cpu()
     take_mean(network, others)
     points = dict(run.recipe.export.offsets)
     if points:
@@ -162,7 +184,8 @@ def _export(
         chosen, whose = (aside, "case(s) kept aside") if aside else (trained, "training case(s)")
         points = _move_to_operating_points(run, network, chosen, whose, grid)
     shown = BestAndWorst()
-    table = validate(network, aside, grid, run.precision, on_case=shown.see) if aside else {}
+    precision = run.precision_on_cpu
+    table = validate(network, aside, grid, precision, on_case=shown.see) if aside else {}
     for organ, value in means(table).items():
         run.say(f"  {organ:22s} {value:.3f}")
     if table:
@@ -182,9 +205,8 @@ def _export(
         table,
         calibration=calibration,
         operating_points=points,
-        trained_on=trained,
         kept_aside=aside,
-        precision=run.precision,
+        precision=precision,
         steps=trainer.step,
         hours=trainer.seconds / 3600,
         mean_with=[weights.record for weights in others],
@@ -196,7 +218,7 @@ def _move_to_operating_points(
     run: Run, network: SegmentationNetwork, cases: Sequence[Case], whose: str, grid: int
 ) -> dict[str, float]:
     """The offset of each organ's logit. Organs that ``cases`` have no labels of keep 0."""
-    found = find_operating_points(network, run.prepare_here(cases), grid, run.precision)
+    found = find_operating_points(network, run.prepare_here(cases), grid, run.precision_on_cpu)
     move(network, found.offsets)
     line = f"operating points by {len(cases)} {whose}: mean DSC on the network's grid"
     line += f" {found.before:.3f} without"

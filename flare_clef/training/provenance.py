@@ -26,13 +26,21 @@ from flare_clef.training.recipe import Recipe, build
 from flare_clef.version import __version__
 
 FILE_NAME = "run.json"
-CASES, PRETRAINING_CASES = "cases", "pretraining_cases"
+CASES, PRETRAINING_CASES, KEPT_ASIDE = "cases", "pretraining_cases", "kept_aside"
 
 
 def describe(
-    recipe: Recipe, cases: Mapping[str, Sequence[Case]], store: Store, precision: str, device: str
+    recipe: Recipe,
+    cases: Mapping[str, Sequence[Case]],
+    store: Store,
+    precision: str,
+    device: str,
+    *,
+    kept_aside: Sequence[Case] = (),
 ) -> dict[str, Any]:
     """All of a run's origin as JSON values. ``cases``: by ``CASES`` or ``PRETRAINING_CASES``.
+
+    ``kept_aside``: which of ``CASES`` are not trained on.
 
     Raises UserError where a file of theirs cannot be read.
     """
@@ -51,7 +59,15 @@ def describe(
         },
         "source": source_state(Path(__file__).parent),
         **{what: _as_listed(some, store) for what, some in cases.items()},
+        **({KEPT_ASIDE: sorted(case.name for case in kept_aside)} if CASES in cases else {}),
     }  # fmt: skip
+
+
+def trained_on(description: dict[str, Any]) -> dict[str, str]:
+    """Source by name of the cases that a fine-tuning with this description trained on."""
+    aside = description.get(KEPT_ASIDE, ())
+    listed = description.get(CASES, {})
+    return {name: case["source"] for name, case in listed.items() if name not in aside}
 
 
 def _as_listed(cases: Sequence[Case], store: Store) -> dict[str, Any]:

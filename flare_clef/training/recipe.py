@@ -49,6 +49,10 @@ class DataSettings:
     def kept_aside(self, names: typing.Iterable[str]) -> set[str]:
         """Which of the labelled cases are kept aside. Raises UserError for names not there."""
         known = sorted(names)
+        if self.folds > len(known) > 0:
+            raise UserError(
+                f"data.folds = {self.folds}: more than the {len(known)} labelled case(s)"
+            )
         if self.folds:
             random.Random(f"folds {self.folds}").shuffle(known)
             return set(known[self.fold :: self.folds])

@@ -117,6 +117,8 @@ def problem_of(recipe: Recipe) -> str | None:
              0 <= pretrain.weight_average < 1, "0 or more and below 1"),
         ]  # fmt: skip
     for key, grid in grids.items():
+        if grid > data.grid:
+            return f"{key} = {grid}: volumes are kept at data.grid = {data.grid}; raise that first"
         # Normalisation needs more than one voxel at the bottom.
         allowed = grid >= 2 * divisor and grid % divisor == 0
         rules.append((key, grid, allowed, f"a multiple of {divisor}, at least {2 * divisor}"))

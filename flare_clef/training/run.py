@@ -37,21 +37,27 @@ class Run:
     _propagated: bool = field(default=False, init=False)
     _found: list[Case] | None = field(default=None, init=False)
 
-    def labelled(self) -> list[Case]:
+    @property
+    def precision_on_cpu(self) -> str:
+        """What networks are judged in. Beside a GPU, whose bf16 the CPU may lack, fp32."""
+        return self.precision if self.device.type == "cpu" else "fp32"
+
+    def labelled(self, *, needed: bool = True) -> list[Case]:
         """The cases with labels, also such as ``[propagate]`` makes for those to train on.
 
-        Raises UserError after naming every fault.
+        Raises UserError after naming every fault; also where there are none, if ``needed``.
         """
         cases = [case for case in self._given() if case.labels is not None]
-        if not cases:
+        if not cases and needed:
             names = ", ".join(map(str, self._folders())) or "data.folders names no folder"
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
-        return self._with_propagated(cases) if self.recipe.propagate else cases
+        return self._with_propagated(cases) if cases and self.recipe.propagate else cases
 
     def unlabelled(self) -> list[Case]:
         """Further scans for pre-training: those of the data without labels, data.unlabelled's."""
         cases = [case for case in self._given() if case.labels is None]
-        known = {case.image.resolve() for case in cases}
+        # Nor those with labels: they are trained on already, or kept aside.
+        known = {case.image.resolve() for case in self._given()}
         further = self._read([self.base / folder for folder in self.recipe.data.unlabelled])
         return cases + [case for case in further if case.image.resolve() not in known]
 
@@ -105,17 +111,24 @@ class Run:
             raise UserError(f"{len(result.problems)} problem(s) in the data, named above")
         return result.prepared
 
-    def describe(self, cases: Sequence[Case], what: str = provenance.CASES) -> dict[str, Any]:
+    def describe(
+        self,
+        cases: Sequence[Case],
+        what: str = provenance.CASES,
+        kept_aside: Sequence[Case] = (),
+    ) -> dict[str, Any]:
         """Writes and returns the run's record; says what changed since it began.
 
-        ``what`` the cases are for: a key of the record. Only the first process has it.
+        ``what`` the cases are for: a key of the record; ``kept_aside`` are among them. Only the
+        first process has it.
         """
         if rank():
             return {}
         store = Store(self.folder / "prepared", self.recipe.data.grid)
         described = provenance.describe(
-            self.recipe, {what: cases}, store, self.precision, self.device.type
-        )
+            self.recipe, {what: cases}, store, self.precision, self.device.type,
+            kept_aside=kept_aside,
+        )  # fmt: skip
         store.save_checksums()
         described, changes = provenance.write_run(self.folder, described)
         for change in changes:

@@ -95,6 +95,29 @@ def _finetuning(folder: Path, **changes) -> Finetuning:
     return trainer
 
 
+def test_only_a_training_forgets_steps(tmp_path: Path):
+    """An export reads the checkpoint of a run that may be going on."""
+    run = tmp_path / "run"
+    small_trainer("finetune", run).train()
+    log = run / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + json.dumps({"step": 10}) + "\n")
+    assert small_trainer("finetune", run).step == 10 and len(log.read_text().splitlines()) == 11
+    (run / LAST).unlink()
+    (run / BEFORE).unlink()
+    small_trainer("finetune", run).train()  # from the beginning: nothing stands twice
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(10))
+
+
+def test_a_best_network_that_is_gone_is_one_line(tmp_path: Path):
+    trainer = _finetuning(tmp_path / "run")
+    trainer.train()
+    (tmp_path / "run" / BEST).unlink()
+    with pytest.raises(UserError, match=r"best\.pt: cannot be read .* finetune\.patience_epochs=0"):
+        trainer.result()
+
+
 def test_early_stopping_by_hand(tmp_path: Path, monkeypatch):
     """Losses 3, 2, 2, 4, 1 with a patience of two epochs: it ends after the fourth."""
     losses = iter([3.0, 2.0, 2.0, 4.0, 1.0])
@@ -110,7 +133,7 @@ def test_early_stopping_by_hand(tmp_path: Path, monkeypatch):
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, seen[5][name])  # after the second epoch
     best = torch.load(tmp_path / "run" / BEST, weights_only=True)
-    assert (best["step"], best["value"]) == (6, 2.0)
+    assert (best["step"], best["loss"]) == (6, 2.0)
     # Started once more, it knows that it has ended.
     again = _finetuning(tmp_path / "run", stages=(Stage(16, epochs=20),), **plan)
     again.run()
@@ -123,7 +146,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch)
     trainer = _finetuning(tmp_path / "run", stages=(Stage(16, epochs=3),), **plan)
     monkeypatch.setattr(trainer, "validation_loss", lambda grid: next(losses))
     trainer.run()
-    assert trainer.best == 2.0
+    assert trainer.best_loss == 2.0
 
 
 def test_a_finished_run_goes_on_with_a_longer_plan(tmp_path: Path):

@@ -7,15 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import body_hu, write_scan
+from safetensors import SafetensorError
 from small_runs import SMALL_TOML
 from test_trainer import make_folder
 from typer.testing import CliRunner
 
 from flare_clef.cli import app
+from flare_clef.errors import UserError
 from flare_clef.training.recipe import load_recipe
+from flare_clef.training.run import Run
+from flare_clef.training.run_lock import only_training_in
 from flare_clef.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +192,102 @@ def test_the_mean_with_other_weights_is_exported(folder: Path):
     assert not (folder / "no" / "metrics.jsonl").exists()
 
 
+def _with(folder: Path, data: Path, *changes: str) -> tuple[str, ...]:
+    """Options for a short fine-tuning of ``data``, its case c2 kept aside."""
+    plain = ("pretrain=false", "finetune.patience_epochs=0", "data.folds=0")
+    sets = (*plain, 'data.validation=["c2"]', *changes)
+    return (
+        str(folder / "r.toml"), "--data", str(data), *(a for one in sets for a in ("--set", one)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["numbers", "grid", "body"])
+def test_cases_kept_aside_are_checked_before_the_training(folder: Path, tmp_path: Path, fault: str):
+    data = make_folder(tmp_path / "data", 3)
+    labels = data / "labels" / "c2.nii.gz"
+    image = data / "images" / "c2_0000.nii.gz"
+    shape = body_hu().shape
+    if fault == "numbers":
+        write_scan(labels, np.full(shape, 77, np.uint8), spacing=(1.5, 1.5, 12.0))
+    elif fault == "grid":
+        write_scan(labels, np.ones((3, *shape[1:]), np.uint8), spacing=(1.5, 1.5, 12.0))
+    else:
+        write_scan(image, np.full(shape, -1000, np.int16), spacing=(1.5, 1.5, 12.0))
+    run = tmp_path / "run"
+    done = call(folder, "finetune", *_with(folder, data), "--output", str(run))
+    assert "problem(s) in the data" in str(done.exception) and "c2" in done.output
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_an_export_keeps_to_what_the_run_trained_on(folder: Path, tmp_path: Path):
+    data = make_folder(tmp_path / "data", 4)
+    run = str(tmp_path / "run")
+    options = _with(folder, data)
+    done = call(folder, "finetune", *options, "--output", run)
+    assert done.exit_code == 0, done.output
+    other = ("--set", 'data.validation=["c1"]')
+    refused = call(folder, "export", *options, *other, "--output", run)
+    assert "trained on c1, which would be kept aside now" in str(refused.exception)
+    # Data that came later were not trained on.
+    fewer = json.loads((data / "cases.json").read_text())
+    extra = make_folder(tmp_path / "more", 5)
+    (extra / "images" / "c2_0000.nii.gz").touch()
+    done = call(folder, "export", *_with(folder, extra), "--output", run)
+    assert done.exit_code == 0, done.output
+    record = load_weights(tmp_path / "run" / "weights.safetensors").record
+    assert record["trained_on"].keys() == fewer.keys() - {"c2"}
+    assert record["validation_dice"].keys() == {"c2"}
+
+
+def test_pretraining_never_sees_what_is_kept_aside(folder: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    options = ("--set", 'data.unlabelled=["data/images"]', "--output", str(run))
+    done = call(folder, "pretrain", str(folder / "r.toml"), *options)
+    assert done.exit_code == 0, done.output
+    seen = json.loads((run / "run.json").read_text())["pretraining_cases"]
+    assert len(seen) == 3 and "scan" in seen  # two of three labelled cases
+
+    alone = tmp_path / "alone"
+    write_scan(alone / "images" / "scan_0000.nii.gz", body_hu((20, 24, 28)))
+    options = ("--data", str(alone), "--output", str(tmp_path / "second"))
+    done = call(folder, "pretrain", str(folder / "r.toml"), *options)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "second" / "pretraining" / "backbone.safetensors").is_file()
+
+
+def test_a_start_beside_a_pretraining_is_refused_before_it(folder: Path, tmp_path: Path):
+    options = ("--set", 'finetune.start="some.safetensors"', "--output", str(tmp_path / "run"))
+    done = call(folder, "run", str(folder / "r.toml"), *options)
+    assert "would stand in for the pre-training" in str(done.exception)
+    assert not (tmp_path / "run" / "pretraining").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(folder: Path, tmp_path: Path):
+    with only_training_in(tmp_path / "run"):
+        done = call(folder, "finetune", str(folder / "r.toml"), "--output", str(tmp_path / "run"))
+    assert "another training works in this folder" in str(done.exception)
+    with only_training_in(tmp_path / "run"):
+        pass  # let go
+
+
+def test_weights_that_cannot_be_written_are_one_line(folder: Path, tmp_path: Path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("flare_clef.training.export.save_weights", full)
+    options = (*_with(folder, folder / "data", "data.validation=[]"), "--output", str(tmp_path))
+    done = call(folder, "finetune", *options)
+    assert isinstance(done.exception, UserError)
+    assert "weights.safetensors: cannot be written (Error while" in str(done.exception)
+
+
+def test_beside_a_gpu_networks_are_judged_in_fp32(tmp_path: Path):
+    recipe = load_recipe(ROOT / "recipes" / "smoke.toml")
+    for device, precision in (("cpu", "bf16"), ("cuda", "fp32")):
+        run = Run(recipe, tmp_path, tmp_path, "bf16", torch.device(device), print)
+        assert run.precision_on_cpu == precision
+
+
 def test_what_is_missing_is_named(folder: Path):
     recipe = str(folder / "r.toml")
     done = call(folder, "finetune", recipe, "--output", str(folder / "new"))
@@ -208,6 +309,15 @@ def test_what_is_missing_is_named(folder: Path):
         "--set", "pretrain=false", "--set", "data.folds=0", "--set", f"data.validation=[{names}]",
     )  # fmt: skip
     assert "labelled case(s) aside; leave some to train on" in str(done.exception)
+    done = call(
+        folder, "finetune", recipe, "--output", str(folder / "new"),
+        "--set", "pretrain=false", "--set", "data.folds=9", "--set", "data.fold=8",
+    )  # fmt: skip
+    assert "data.folds = 9: more than the 3 labelled case(s)" in str(done.exception)
+    done = call(
+        folder, "finetune", recipe, "--output", str(folder / "new"), "--set", "data.grid=16"
+    )
+    assert "volumes are kept at data.grid = 16; raise that first" in str(done.exception)
 
 
 def test_the_papers_recipe_says_what_the_paper_says():
