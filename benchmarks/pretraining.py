@@ -25,7 +25,10 @@ from typing import Any
 import numpy as np
 
 from flare_clef.organs import ORGANS
+from flare_clef.training.cases import read_labels
 from flare_clef.training.datasets import read_dataset
+from flare_clef.training.propagated_files import link_volume
+from flare_clef.writing import write_labels
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "experiment.toml"
 ASIDE = ("btcv_06", "btcv_13", "btcv_20", "btcv_28")
@@ -39,7 +42,10 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
 
 
 def subset(data: Path, count: int, folder: Path) -> Path:
-    """A training set of links: the cases kept aside and ``count`` others, spread over the names."""
+    """A training set of links: the cases kept aside and ``count`` others, spread over the names.
+
+    Labels that are numbered otherwise are written in our numbers, which ``cases.json`` means.
+    """
     cases = [case for case in read_dataset(data).cases if case.labels is not None]
     others = [case for case in cases if case.name not in ASIDE]
     chosen = [others[round(i)] for i in np.linspace(0, len(others) - 1, min(count, len(others)))]
@@ -47,12 +53,15 @@ def subset(data: Path, count: int, folder: Path) -> Path:
     entries = {}
     for case in kept:
         assert case.labels is not None
-        for kind, path in (("images", case.image), ("labels", case.labels)):
-            link = folder / kind / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists():
-                link.symlink_to(path.resolve())
-        entries[case.name] = {"organs": list(case.organs), "source": case.source}
+        link_volume(case.image, folder / "images", f"{case.name}_0000")
+        if case.renumbering:
+            labels = read_labels(case)
+            write_labels(labels.array, labels, folder / "labels" / f"{case.name}.nii.gz")
+        else:
+            link_volume(case.labels, folder / "labels", case.name)
+        entries[case.name] = {
+            "organs": list(case.organs), "source": case.source, "bent_from": case.bent_from,
+        }  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(entries))
     return folder
 
@@ -72,8 +81,9 @@ def train(command: str, run: Path, data: Path, settings: list[str]) -> float:
 
 
 def losses_over_time(metrics: Path) -> list[float]:
-    """Mean loss of each tenth of the run."""
-    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    """Mean loss of each tenth of the run; skipped steps have none."""
+    logged = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    losses = [loss for loss in logged if loss is not None]
     return [round(float(np.mean(part)), 4) for part in np.array_split(losses, 10)]
 
 

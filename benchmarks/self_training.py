@@ -11,9 +11,9 @@ labelled in part or not at all; labels by hand stay, also where they say that an
 The network looks twice, at the scan as it is and 8 % smaller, and its logits are averaged. A
 voxel is left undecided (255) if organs would win or lose it by a logit of ``MARGIN``; an organ
 is named as labelled if ``SURE`` of its voxels are decided; all parts of it but the largest are
-undecided (of the aorta none). ``compare`` prints the DSC of two runs' cases kept aside and the
-paired differences with 95 % intervals (bootstrap over the cases). ``twice`` prints the DSC of the
-cases by one look and by the two.
+undecided (of the aorta none); a scan without any organ labelled is left out. ``compare`` prints
+the DSC of two runs' cases kept aside and the paired differences with 95 % intervals (bootstrap
+over the cases). ``twice`` prints the DSC of the cases by one look and by the two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
 from flare_clef.evaluation_summary import intervals_of_means
@@ -37,9 +36,10 @@ from flare_clef.restoration import restore
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
+from flare_clef.training.propagated_files import link_volume
 from flare_clef.training.resampling import resample
 from flare_clef.weights import load_weights
-from flare_clef.writing import labels_to_sitk
+from flare_clef.writing import write_labels
 
 MARGIN = 1.5
 SURE = 0.6
@@ -86,6 +86,7 @@ def label(
             result[sure == organ.index] = UNDECIDED
     if by_hand:
         truth = read_labels(case).array
+        result[truth == UNDECIDED] = UNDECIDED
         for organ in by_hand:
             result[truth == organ.index] = organ.index
             named.append(organ.name)
@@ -95,8 +96,7 @@ def label(
 def label_all(weights: Path, folders: list[Path], output: Path) -> None:
     loaded = load_weights(weights)
     network = FoldedNetwork(loaded.network(), torch.device("cpu"), "fp32")
-    for kind in ("images", "labels"):
-        (output / kind).mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     listed = output / "cases.json"
     entries = json.loads(listed.read_text()) if listed.exists() else {}
     for case in (case for folder in folders for case in read_dataset(folder).cases):
@@ -104,13 +104,13 @@ def label_all(weights: Path, folders: list[Path], output: Path) -> None:
             continue
         image = read_image(case.image)
         result, organs = label(network, case, image, loaded.grid)
-        link = output / "images" / f"{case.name}_0000.nii.gz"
-        if not link.exists():
-            link.symlink_to(case.image.resolve())
-        target = output / "labels" / f"{case.name}.nii.gz"
-        sitk.WriteImage(labels_to_sitk(result, image), str(target), useCompression=True)
+        if not organs:  # training refuses labels of nothing
+            print(f"{case.name}: no organ is sure; left out", flush=True)
+            continue
+        link_volume(case.image, output / "images", f"{case.name}_0000")
+        write_labels(result, image, output / "labels" / f"{case.name}.nii.gz")
         source = f"{case.source}; labels by {weights.name}"
-        entries[case.name] = {"organs": organs, "source": source}
+        entries[case.name] = {"organs": organs, "source": source, "bent_from": case.bent_from}
         listed.write_text(json.dumps(entries, indent=1))
         undecided = (result == UNDECIDED).mean()
         left_out = [organ.name for organ in ORGANS if organ.name not in organs]

@@ -25,6 +25,7 @@ from measuring import run
 
 from flare_clef.limits import keep_memory, usable_cores
 from flare_clef.network import Architecture, SegmentationNetwork
+from flare_clef.organs import ORGANS
 from flare_clef.precision import choose_precision
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.finetuning import Finetuning
@@ -33,7 +34,6 @@ from flare_clef.training.losses import softmax_dice_loss
 from flare_clef.training.pretraining import Pretraining, PretrainingPlan
 
 FORMS = ("plain", "finetune", "finetune, checkpointed", "pretrain", "augment")
-ALL = torch.ones(13, dtype=torch.bool)
 
 
 def made_up_case(folder: Path, grid: int) -> PreparedCase:
@@ -44,7 +44,7 @@ def made_up_case(folder: Path, grid: int) -> PreparedCase:
     image = (labels / 10 - 0.6 + random.normal(0, 0.1, labels.shape)).clip(-1, 1)
     np.save(folder / "image.npy", image.astype(np.float16))
     np.save(folder / "labels.npy", labels)
-    case = Case("made_up", folder, folder, tuple(), "")
+    case = Case("made_up", folder, folder, tuple(organ.name for organ in ORGANS))
     return PreparedCase(case, folder, (2.0, 2.0, 2.0))
 
 
@@ -59,7 +59,7 @@ def plain_steps(grid: int, steps: int) -> list[float]:
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        loss, _ = softmax_dice_loss(plain_forward(network, image), labels, ALL)
+        loss, _ = softmax_dice_loss(plain_forward(network, image), labels, case.case.labelled)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

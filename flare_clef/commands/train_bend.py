@@ -42,7 +42,7 @@ def bend(
 
     Scans and label maps take turns; a case is named CASE_as_LABELMAP. Writes
     a training set: images/, labels/, cases.json, and probabilities/ where the
-    scans have them.
+    scans have them. Run again after a break to go on.
     """
     from flare_clef.limits import usable_cores
     from flare_clef.training.bent_sets import bend_all

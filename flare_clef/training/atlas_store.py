@@ -22,7 +22,7 @@ from flare_clef.training.registration import Grid, OrganMaps, load_organ_maps, w
 if TYPE_CHECKING:
     from flare_clef.training.neighbourhood import NeighbourhoodNetwork
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 
 
 def _key(*parts: object) -> str:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
+from flare_clef.errors import UserError
 from flare_clef.images import Image
 from flare_clef.organs import ORGANS
 from flare_clef.training.registration import (
+    LEAST_COMMON_ORGANS,
     Grid,
     OrganMaps,
     affine_map,
@@ -31,6 +33,7 @@ _FADE_VOXELS = 6
 _ROUNDS, _CLIP_MM = 8, 16.0
 _LEAST_JACOBIAN = 0.05
 """A voxel is squeezed to this share of its volume at most: no tissue is folded over."""
+_LEAST_HEIGHT_MM = 16.0
 _NO_ORGAN = 0
 
 
@@ -49,7 +52,8 @@ def bend_towards(scan: OrganMaps, other: OrganMaps) -> Bend:
     """Bends the body ``scan`` until its organs have the shapes of ``other``'s.
 
     ``other`` is laid over the scan by an affine map of the organs' centres first: size and
-    posture stay the scan's. Raises UserError where fewer than four organs are common.
+    posture stay the scan's. Raises UserError where fewer than four organs are common, or fewer
+    than four of them have a shape: a slice of an organ has none.
     """
     affine = affine_map(scan, other, _NO_ORGAN, {organ.index: 1.0 for organ in ORGANS})
     grid = _padded(scan.grid)
@@ -57,6 +61,15 @@ def bend_towards(scan: OrganMaps, other: OrganMaps) -> Bend:
     common = [k for k in scan.shares if k in other.shares]
     wanted = [warp(other, k, grid, affine) for k in common]
     own = [warp(scan, k, grid, sitk.Transform()) for k in common]
+    thick = sum(
+        min(_height_mm(share, shown, grid) for share in pair) >= _LEAST_HEIGHT_MM
+        for pair in zip(own, wanted, strict=True)
+    )
+    if thick < LEAST_COMMON_ORGANS:
+        raise UserError(
+            f"only {thick} organ(s) of which both show {_LEAST_HEIGHT_MM:g} mm of height; "
+            f"{LEAST_COMMON_ORGANS} are needed to bend one to the other"
+        )
     fixed, moving = (
         np.array([distances(share, grid, _CLIP_MM) * shown for share in shares])
         for shares in (wanted, own)
@@ -85,9 +98,19 @@ def _shown_in_both(
     return shown.astype(np.float32)
 
 
+def _height_mm(share: np.ndarray, shown: np.ndarray, grid: Grid) -> float:
+    """Of an organ's highest column in what is shown, which is low in a slice that leans, too."""
+    return float(((share > 0.5) & (shown > 0)).sum(axis=0).max()) * grid.spacing_mm
+
+
 def _unfolded(field_mm: np.ndarray, grid: Grid) -> sitk.DisplacementFieldTransform:
-    """``field_mm`` (z, y, x, 3: x, y, z), faded out at the rim and weakened until nothing folds."""
+    """``field_mm`` (z, y, x, 3: x, y, z), faded out at the rim and weakened until nothing folds.
+
+    Raises UserError where it holds what is no number, which no weakening mends.
+    """
     field_mm = field_mm.astype(np.float64)
+    if not np.isfinite(field_mm).all():
+        raise UserError("the shapes cannot be reached: the bend found is not finite")
     for axis, count in enumerate(grid.shape):
         steps = np.minimum(np.arange(count), np.arange(count)[::-1])
         fade = np.clip(steps / _FADE_VOXELS, 0, 1)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -18,12 +20,13 @@ from typing import Any
 import SimpleITK as sitk
 
 from flare_clef.errors import UserError
-from flare_clef.images import read_image
+from flare_clef.images import itk_reason, read_image
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.paths import check_writable
+from flare_clef.paths import check_writable, checksum
 from flare_clef.scan_files import strip_suffix
 from flare_clef.training.bending import SPACING_MM, bend_towards, bent
 from flare_clef.training.cases import Case, check_pair, read_labels
+from flare_clef.training.datasets import read_json
 from flare_clef.training.propagation import find_atlases
 from flare_clef.training.registration import load_organ_maps, organ_maps_of
 from flare_clef.training.workshop import WORKER_LOST, end_with_parent
@@ -37,7 +40,7 @@ class BentSet:
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Entries of ``cases.json`` by name."""
     overlaps: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """DSC of the organs and those of the label map, before and after, by name."""
+    """DSC of the organs and those of the label map, before and after, by name; of this run."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -92,6 +95,58 @@ def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
     return bend.dsc_before, bend.dsc_after
 
 
+def _entry(label_map: Path, case: Case, checksum_of: Callable[[Path], str]) -> dict[str, Any]:
+    """A bent scan in ``cases.json``; by ``made_of`` a later run sees whether it made the same."""
+    shapes = strip_suffix(label_map.name)[0]
+    files = [path for path in (label_map, case.image, case.labels, case.chances) if path]
+    made_of = json.dumps([*map(checksum_of, files), case.renumbering])
+    entry: dict[str, Any] = {
+        "organs": list(case.organs),
+        "source": f"{case.source or case.name}; bent to the shapes of {shapes}",
+        "bent_from": case.bent_from or case.name,
+        "made_of": hashlib.sha256(made_of.encode()).hexdigest()[:16],
+    }
+    if case.propagated:
+        entry["propagated"] = [case.propagated]
+    return entry
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return checksum(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _finished(
+    output: Path, pairs: dict[str, tuple[Path, Case]], checksum_of: Callable[[Path], str]
+) -> dict[str, dict[str, Any]]:
+    """Entries of what an earlier run finished. Raises UserError where ``output`` holds others'."""
+    listed = output / "cases.json"
+    entries = read_json(listed) if listed.is_file() else {}
+    there = {
+        kind: {
+            strip_suffix(path.name)[0].removesuffix("_0000" if kind == "images" else "")
+            for path in (output / kind).glob("[!.]*")
+            if strip_suffix(path.name)[1]
+        }
+        for kind in ("images", "labels", "probabilities")
+    }
+    for name in sorted({*entries, *there["images"], *there["labels"], *there["probabilities"]}):
+        listed_as = entries.get(name)
+        if name not in pairs or listed_as not in (None, _entry(*pairs[name], checksum_of)):
+            raise UserError(
+                f"{output}: holds images/ or labels/ already, {name} among them, which is not of "
+                "these scans and label maps; remove it or name another folder with --output"
+            )
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if name in there["images"] & there["labels"]
+        and ("propagated" not in entry or name in there["probabilities"])
+    }
+
+
 def bend_all(
     maps: Path,
     cases: Sequence[Case],
@@ -103,48 +158,43 @@ def bend_all(
 ) -> BentSet:
     """Writes ``count`` bent scans (as many as label maps by default) to ``output``.
 
-    A bad map or case is a line of ``problems``; the rest is done. Raises UserError where
-    nothing can be done at all. ``on_done`` is told the name and both DSC.
+    What an earlier run finished there of the same files is kept. A bad map or case is a line of
+    ``problems``; the rest is done. Raises UserError where nothing can be done at all.
+    ``on_done`` is told the name and both DSC.
     """
     files = find_atlases(maps)
     labelled = [case for case in cases if case.labels is not None]
     if not labelled:
         raise UserError("no cases with labels; name a training set with --cases")
-    if any((output / kind).exists() for kind in ("images", "labels")):
-        raise UserError(
-            f"{output}: holds images/ or labels/ already; remove it or name another"
-            " folder with --output"
-        )
+    pairs = {name_of(c, m): (m, c) for m, c in pairs_of(files, labelled, count or len(files))}
+    checksum_of = functools.cache(_checksum)
+    result = BentSet(_finished(output, pairs, checksum_of))
     check_writable(output)
-    result = BentSet()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
-        pairs = pairs_of(files, labelled, count or len(files))
-        work = {pool.submit(bend_one, one, case, output): (one, case) for one, case in pairs}
+    pool = ProcessPoolExecutor(workers, spawn, end_with_parent)
+    try:
+        todo = [name for name in pairs if name not in result.cases]
+        work = {pool.submit(bend_one, *pairs[name], output): name for name in todo}
         for future in as_completed(work):
-            label_map, case = work[future]
-            name = name_of(case, label_map)
+            name = work[future]
+            label_map, case = pairs[name]
             try:
                 result.overlaps[name] = future.result()
+                result.cases[name] = _entry(label_map, case, checksum_of)
             except UserError as error:
                 line = f"{error}; left out"
                 if line not in result.problems:  # a bad file is met in every pair
                     result.problems.append(line)
             except BrokenExecutor:
                 raise UserError(f"bend: {WORKER_LOST}") from None
+            except Exception as error:  # of ITK, or for want of memory: others may fit
+                reason = itk_reason(error)
+                result.problems.append(f"{label_map} over {case.name}: {reason}; left out")
             else:
+                # After each, so that a run that is broken off knows what it has.
+                result.cases = {n: result.cases[n] for n in pairs if n in result.cases}
+                write_bytes(output / "cases.json", json.dumps(result.cases, indent=1).encode())
                 on_done(name, *result.overlaps[name])
-    for label_map, case in pairs:
-        name = name_of(case, label_map)
-        if name in result.overlaps:
-            shapes = strip_suffix(label_map.name)[0]
-            source = f"{case.source or case.name}; bent to the shapes of {shapes}"
-            result.cases[name] = {
-                "organs": list(case.organs),
-                "source": source,
-                "bent_from": case.bent_from or case.name,
-            }
-            if case.propagated:
-                result.cases[name]["propagated"] = [case.propagated]
-    write_bytes(output / "cases.json", json.dumps(result.cases, indent=1).encode())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return result

@@ -133,7 +133,7 @@ def smooth(
 def write_curves(folder: Path) -> Path:
     """Draws ``folder/curves.png`` from the logs beside it and returns its path.
 
-    Raises UserError if there are no steps yet or matplotlib is missing.
+    Raises UserError if there are no steps yet, matplotlib is missing or the file cannot be written.
     """
     run = read_run(folder)
     try:
@@ -159,6 +159,8 @@ def write_curves(folder: Path) -> Path:
     try:
         figure.savefig(temporary, format="png", dpi=110)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,25 +100,27 @@ def _is_challenge_part(folder: Path) -> bool:
     return folder.is_dir() and folder.name.startswith("FLARE") and any(folder.iterdir())
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Image files of ``folder`` by stem, sorted."""
+def _files(folder: Path, name_of: Callable[[str], str] = str) -> dict[str, Path]:
+    """Image files of ``folder`` by what ``name_of`` makes of their stem, sorted; '': left out.
+
+    Raises UserError where two have the same name.
+    """
     if not folder.is_dir():
         return {}
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         stem, suffix = strip_suffix(path.name)
-        if suffix and not path.name.startswith("."):
-            found[stem] = path
+        if not suffix or path.name.startswith(".") or not (name := name_of(stem)):
+            continue
+        if name in found:
+            raise UserError(f"{path}: {found[name].name} beside it is of the same case; remove one")
+        found[name] = path
     return found
 
 
 def _images(folder: Path) -> dict[str, Path]:
     """``NAME_0000.nii.gz`` files by NAME; files without the channel's number are not images."""
-    return {
-        stem.removesuffix(_CHANNEL): path
-        for stem, path in _files(folder).items()
-        if stem.endswith(_CHANNEL)
-    }
+    return _files(folder, lambda s: s.removesuffix(_CHANNEL) if s.endswith(_CHANNEL) else "")
 
 
 def _pair(images: dict[str, Path], labels: dict[str, Path]) -> tuple[list[Case], list[str]]:
@@ -135,7 +137,7 @@ def _pair(images: dict[str, Path], labels: dict[str, Path]) -> tuple[list[Case],
 
 def _read_ours(folder: Path) -> Dataset:
     # In a folder of this name a file without the channel's number is an image all the same.
-    images = {stem.removesuffix(_CHANNEL): p for stem, p in _files(folder / "images").items()}
+    images = _files(folder / "images", lambda stem: stem.removesuffix(_CHANNEL))
     labels = _files(folder / "labels")
     cases, problems = _pair(images, labels)
     if not images:
@@ -155,8 +157,11 @@ def _read_ours(folder: Path) -> Dataset:
     for case in cases:
         entry = entries.get(case.name, {})
         entry = entry if isinstance(entry, dict) else {}
-        organs, source = entry.get("organs", []), str(entry.get("source", ""))
+        organs, source = entry.get("organs", []), str(entry.get("source") or "")
+        propagated = entry.get("propagated", [])
         problem = None if case.labels is None else _organs_problem(organs)
+        if not isinstance(propagated, list):
+            problem = f'has "propagated": {json.dumps(propagated)}; must be a list of organs'
         if problem:
             problems.append(f"{listed}: case {case.name} {problem}")
         else:
@@ -166,10 +171,10 @@ def _read_ours(folder: Path) -> Dataset:
                     f"{listed}: case {case.name} names organs, but {folder / 'labels'} has no "
                     f"{case.name}.nii.gz; taken as a scan without labels"
                 )
-            made = [organ for organ in entry.get("propagated", ()) if organ in named]
+            made = [organ for organ in propagated if organ in named]
             if made and case.name in chances:
                 case = replace(case, propagated=made[0], chances=chances[case.name])
-            bent_from = str(entry.get("bent_from", ""))
+            bent_from = str(entry.get("bent_from") or "")
             kept.append(replace(case, organs=named, source=source, bent_from=bent_from))
     return Dataset(tuple(kept), tuple(problems))
 
@@ -189,7 +194,7 @@ def _read_cases_json(folder: Path) -> tuple[dict[str, Any] | None, Path]:
     listed = here if here.is_file() or not above.is_file() else above
     if not listed.is_file():
         return None, listed
-    entries = _read_json(listed)
+    entries = read_json(listed)
     own = entries.get(folder.resolve().name, entries)
     if not isinstance(own, dict):
         raise UserError(f"{listed}: {folder.name}: must be a table of cases")
@@ -202,13 +207,14 @@ def _sources(folder: Path) -> dict[str, str]:
         folder = folder.resolve().parent
     entries, _ = _read_cases_json(folder)
     return {
-        name: str(entry.get("source", ""))
+        name: str(entry.get("source") or "")
         for name, entry in (entries or {}).items()
         if isinstance(entry, dict)
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -222,8 +228,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_nnunet(folder: Path) -> Dataset:
     listed = folder / "dataset.json"
-    description = _read_json(listed)
+    description = read_json(listed)
     channels = description.get("channel_names", description.get("modality", {"0": "CT"}))
+    if not isinstance(channels, (dict, list)):
+        raise UserError(
+            f'{listed}: channel_names is {json.dumps(channels)}; must be as {{"0": "CT"}}'
+        )
     stems = _files(folder / "imagesTr")
     others = [stem for stem in stems if not stem.endswith(_CHANNEL)]
     if len(channels) != 1 or any(stem.removesuffix("_0001") in _names(stems) for stem in others):
@@ -264,7 +274,11 @@ def _renumbering(labels: Any, listed: Path) -> tuple[tuple[int, int], ...]:
         index = _index_of(name)
         if index is None:
             unknown.append(name)
-        elif index and index in ours.values():
+        elif index and not int(number):
+            raise UserError(f"{listed}: labels: {name} = 0; 0 is the background")
+        elif ours.get(int(number), index) != index:
+            raise UserError(f"{listed}: labels: {name} = {number}, and another too; one a value")
+        elif index in ours.values() and index not in (0, UNDECIDED):
             raise UserError(f"{listed}: labels: two of them mean {_ALL_ORGANS[index - 1]}")
         else:
             ours[int(number)] = index

@@ -40,8 +40,11 @@ def agreement(
 
 
 def misfit(target: dict[int, np.ndarray], moved: dict[int, np.ndarray], grid: Grid) -> np.ndarray:
-    """How far the organs around each voxel are from agreeing: 0 where all lie alike."""
-    return blurred(sum(np.abs(target[k] - moved[k]) for k in target), grid)  # type: ignore[arg-type]
+    """How far the organs around each voxel are from agreeing: 0 where all lie alike, or none."""
+    apart = np.zeros(grid.shape, np.float32)
+    for organ, share in target.items():
+        apart += np.abs(share - moved[organ])
+    return blurred(apart, grid)
 
 
 def fuse(votes: np.ndarray, misfits: np.ndarray) -> np.ndarray:

@@ -209,6 +209,8 @@ def sigmoid_dice_loss(
     known = weights > 0
     truth = _CLASSES.to(labels.device)[labels.reshape(-1)[known].long()]
     weights = weights[known]
+    # A block may be undecided as a whole: its loss is 0, as the softmax's is.
+    every = weights.sum().clamp_min(1e-12)
     entropy = dice_loss = logits.new_zeros((), dtype=torch.float32)
     dice_per_organ = torch.full((logits.shape[1],), float("nan"), device=logits.device)
     judged = max(int(labelled.sum()), 1)
@@ -216,7 +218,7 @@ def sigmoid_dice_loss(
         x = logits[0, channel].reshape(-1)[known].float()
         target = (truth == channel + 1).float()
         each = functional.binary_cross_entropy_with_logits(x, target, reduction="none")
-        entropy = entropy + (each * weights).sum() / weights.sum() / judged
+        entropy = entropy + (each * weights).sum() / every / judged
         p = torch.sigmoid(x)
         total = ((p + target) * weights).sum() + _DICE_EPSILON_VOXELS
         dice = (2 * (p * target * weights).sum() + _DICE_EPSILON_VOXELS) / total

@@ -162,9 +162,12 @@ def equivariance_loss(transformed_features: Tensor, features_of_transformed: Ten
 def effective_rank(features: Tensor) -> float:
     """How many directions (N, D) unit features use: 1 (collapse) to D.
 
-    exp of the entropy of the eigenvalues of the mean of f f^T, which sum to 1.
+    exp of the entropy of the eigenvalues of the mean of f f^T, which sum to 1. NaN where there
+    are no features or some are not finite: the step is skipped for its loss then, not ended here.
     """
     moments = features.detach().double().t() @ features.detach().double() / len(features)
+    if not bool(moments.isfinite().all()):
+        return math.nan
     values = torch.linalg.eigvalsh(moments).clamp_min(1e-12)
     values = values / values.sum()
     return float(torch.exp(-(values * values.log()).sum()))

@@ -20,7 +20,10 @@ from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 from flare_clef.training.fusion import CERTAIN, POSSIBLE, Calibration, possible_values
 from flare_clef.training.registration import Grid
-from flare_clef.writing import labels_to_sitk, write_bytes, write_labels
+from flare_clef.writing import labels_to_sitk, write_bytes, write_labels, write_scan
+
+_HEADERS = (".mhd", ".nhdr")
+"""Formats of two files, a header and its voxels."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,26 @@ def write_case(
             "neighbours_dsc": round(vote.agreement, 3),
         }
     write_labels(labels, own, output / "labels" / f"{case.name}.nii.gz")
-    suffix = strip_suffix(case.image.name)[1]
-    _link(case.image.resolve(), output / "images" / f"{case.name}_0000{suffix}")
+    link_volume(case.image, output / "images", f"{case.name}_0000")
     return entry
+
+
+def link_volume(source: Path, folder: Path, stem: str) -> None:
+    """A link ``stem`` in ``folder``, with the suffix of ``source``, to that volume.
+
+    Of a header with a file of voxels beside it ``stem.nii.gz`` is written: it names that file
+    relative to where it is found, which would be the link's folder. Raises UserError.
+    """
+    suffix = strip_suffix(source.name)[1]
+    if suffix.lower() in _HEADERS:
+        path = folder / f"{stem}.nii.gz"
+        write_scan(read_image(source), path)
+    else:
+        path = folder / f"{stem}{suffix}"
+        _link(source.resolve(), path)
+    for other in folder.iterdir():  # of an earlier run, when the case had another format
+        if strip_suffix(other.name)[0] == stem and other != path:
+            other.unlink(missing_ok=True)
 
 
 def probability_on(
@@ -144,6 +164,8 @@ def write_records(result: Propagated, cases: dict[str, Case], organ: Organ, outp
     for name, entry in result.cases.items():
         case = cases[name]
         entries[name] = {"organs": list(case.organs), "source": case.source}
+        if case.bent_from:  # else copies of cases kept aside would be trained on
+            entries[name]["bent_from"] = case.bent_from
         if entry["labels"] == "propagated":
             entries[name] |= {"organs": [*case.organs, organ.name], "propagated": [organ.name]}
     summary = {

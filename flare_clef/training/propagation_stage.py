@@ -10,7 +10,7 @@ from flare_clef.errors import UserError
 from flare_clef.limits import usable_cores
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.training.cases import Case
-from flare_clef.training.datasets import read_dataset
+from flare_clef.training.datasets import read_dataset, read_json
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def propagate_onto(
 ) -> None:
     """Writes ``cases`` with labels of the organ to ``output``, as ``train propagate`` does.
 
-    Bad atlases and cases are told to ``say``; raises UserError where nothing can be done.
+    Bad atlases and cases are told to ``say``; raises UserError where no atlas is of use.
     """
     from flare_clef.training.propagation import propagate
 
@@ -43,6 +43,8 @@ def propagate_onto(
     result = propagate(base / settings.atlases, lacking, organ, output, usable_cores())
     for problem in result.problems:
         say(f"warning: {problem}")
+    if not result.cases:
+        say(f"warning: propagate: no case could be given a {settings.organ}; all stay as they are")
     if result.calibration is not None:
         held = result.calibration.expected_dsc
         say(f"DSC on {len(held)} atlases left out in turn: {sum(held) / len(held):.3f}")
@@ -53,9 +55,13 @@ def with_propagated(
 ) -> list[Case]:
     """``cases``, those that lack the organ as :func:`propagate_onto` wrote them to ``output``.
 
-    Raises UserError where that is not a whole training set.
+    Those that it could not place are as they were. Raises UserError where ``output`` is not a
+    whole training set.
     """
     if all(settings.organ in case.organs for case in cases):
+        return list(cases)
+    listed = output / "cases.json"
+    if listed.is_file() and not read_json(listed):  # not one of them could be placed
         return list(cases)
     dataset = read_dataset(output)
     if dataset.problems:

@@ -65,7 +65,7 @@ class OrganMaps:
     shares: dict[int, np.ndarray]
     """Organ index to uint8 (z, y, x): the organ's share of each voxel, 255 being all of it."""
     volume_mm: np.ndarray
-    """(2, 3): lowest and highest voxel centre of the label map, (x, y, z) in LPS."""
+    """(2, 3): ends of the box around all voxel centres of the label map, (x, y, z) in LPS."""
 
     @cached_property
     def points(self) -> dict[int, np.ndarray]:
@@ -111,21 +111,12 @@ def organ_maps_of(array: np.ndarray, image: Image, spacing_mm: float) -> OrganMa
         raise UserError("no voxel is labelled; leave it out or label it")
     labels = sitk.DICOMOrient(labels_to_sitk(array, image), "LPS")
     spacing, size = np.array(labels.GetSpacing()), np.array(labels.GetSize())
-    corners = np.array(
-        [labels.TransformIndexToPhysicalPoint((0, 0, 0))]
-        + [labels.TransformIndexToPhysicalPoint([int(n) - 1 for n in size])]
-    )
+    corners = _corners(labels, np.zeros(3, int), size)
     volume = np.array([corners.min(0), corners.max(0)])
     statistics = sitk.LabelShapeStatisticsImageFilter()
     statistics.Execute(labels)
     boxes = {k: np.reshape(statistics.GetBoundingBox(k), (2, 3)) for k in statistics.GetLabels()}
-    ends = np.array(
-        [
-            labels.TransformIndexToPhysicalPoint([int(v) for v in index])
-            for box in boxes.values()
-            for index in (box[0], box[0] + box[1] - 1)
-        ]
-    )
+    ends = np.concatenate([_corners(labels, start, extent) for start, extent in boxes.values()])
     low = np.maximum(ends.min(0) - _MARGIN_MM, volume[0])
     high = np.minimum(ends.max(0) + _MARGIN_MM, volume[1])
     cells = np.floor((high - low) / spacing_mm).astype(int) + 1
@@ -144,6 +135,16 @@ def organ_maps_of(array: np.ndarray, image: Image, spacing_mm: float) -> OrganMa
         shares[organ] = np.rint(255 * sitk.GetArrayFromImage(share)).clip(0, 255).astype(np.uint8)
     kept = {organ: share for organ, share in shares.items() if (share > 127).any()}
     return OrganMaps(grid, kept, volume)
+
+
+def _corners(image: sitk.Image, start: np.ndarray, extent: np.ndarray) -> np.ndarray:
+    """(8, 3): places in mm of the corner voxels of a box; where axes lean no two bound it."""
+    return np.array(
+        [
+            image.TransformIndexToPhysicalPoint([int(v) for v in start + corner * (extent - 1)])
+            for corner in np.array(list(np.ndindex(2, 2, 2)))
+        ]
+    )
 
 
 def nearness_weights(maps: list[OrganMaps], organ: int) -> dict[int, float]:
@@ -271,8 +272,10 @@ def deformable_map(
 ) -> sitk.Transform:
     """Refines ``affine`` until the organs of ``atlas`` lie on those of ``target``.
 
-    ``target`` holds the organs' shares (z, y, x) on ``grid``, 0 to 1.
+    ``target`` holds the organs' shares (z, y, x) on ``grid``, 0 to 1; without any ``affine`` stays.
     """
+    if not target:
+        return affine
     fixed = [distances(share, grid, _CLIP_MM) for share in target.values()]
     moving = [distances(warp(atlas, k, grid, affine), grid, _CLIP_MM) for k in target]
     field = demons_field(np.array(fixed), np.array(moving), grid, _ROUNDS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from flare_clef.images import image_from_array
 from flare_clef.organs import ORGANS
 from flare_clef.phantom import PhantomOptions, make_phantom
+from flare_clef.training.propagated_files import remove_others
 from flare_clef.writing import write_bytes, write_labels, write_scan
 
 
@@ -18,7 +19,8 @@ def make_phantoms(
     """Phantoms of the seeds 1 to ``count`` with all 13 organs, as a folder of cases.
 
     Seed 0, the default of ``flare-clef phantom``, stays one that no training has seen. Files
-    that are there are kept.
+    that are there are kept, but for those of further seeds, which an earlier, larger ``count``
+    left: who reads the folder would take them for cases.
     """
     entries = {}
     for seed in range(1, count + 1):
@@ -32,5 +34,6 @@ def make_phantoms(
         write_labels(phantom.labels, scan, labels / f"{name}.nii.gz")
         write_scan(scan, image)
         on_case(name)
+    remove_others(folder, set(entries))
     write_bytes(folder / "cases.json", json.dumps(entries, indent=1).encode())
     return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flare_clef.errors import UserError
+from flare_clef.images import itk_reason
 from flare_clef.training.atlas_store import (
     load_network,
     load_survey,
@@ -102,8 +103,8 @@ class Workshop:
                 failed[key] = str(error)
             except BrokenExecutor:
                 raise UserError(f"propagate: {WORKER_LOST}") from None
-            except RuntimeError as error:
-                failed[key] = f"{what} failed ({str(error).splitlines()[-1].strip()})"
+            except (RuntimeError, MemoryError) as error:
+                failed[key] = f"{what} failed ({itk_reason(error)})"
             self._tell(what)
         return done, failed
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -15,6 +17,7 @@ from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.images import image_from_array, read_image
 from flare_clef.organs import ORGAN_BY_INDEX
+from flare_clef.training import bent_sets
 from flare_clef.training.bending import SPACING_MM, _unfolded, bend_towards, bent
 from flare_clef.training.bent_sets import bend_all, pairs_of
 from flare_clef.training.cases import Case, prepare_case
@@ -58,6 +61,28 @@ def test_a_field_that_would_fold_is_weakened_as_a_whole() -> None:
     ratio = inner[..., 0][:, :, 1] / field[8:-8, 8:-8, 8:-8, 0][:, :, 1]
     assert ratio.min() > 0.3 and ratio.max() - ratio.min() < 1e-9 and ratio.max() < 0.6
     assert not inner[..., 1:].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_field_that_is_no_number_is_refused(value: float) -> None:
+    field = np.zeros((20, 20, 20, 3))
+    field[10, 10, 10] = value
+    with pytest.raises(UserError, match="the bend found is not finite"):
+        _unfolded(field, Grid((0.0, 0.0, 0.0), (20, 20, 20), 4.0))
+
+
+def test_a_slice_has_no_shapes() -> None:
+    """Slice 22 of 44 shows seven organs, three slices of 4 mm a bit of each."""
+    labels, other = body_labels(0), body_labels(3)
+    for few in (slice(22, 23), slice(21, 24)):
+        slab = other[few]
+        image = image_from_array(slab, (4.0, 4.0, 4.0), (-100.0, -80.0, 30.0 + 4 * few.start))
+        with pytest.raises(UserError, match=r"only \d organ\(s\) of which both show 16 mm"):
+            bend_towards(_maps(labels), organ_maps_of(slab, image, SPACING_MM))
+    thick = other[16:30]
+    image = image_from_array(thick, (4.0, 4.0, 4.0), (-100.0, -80.0, 30.0 + 4 * 16))
+    bend = bend_towards(_maps(labels), organ_maps_of(thick, image, SPACING_MM))
+    assert bend.dsc_after > bend.dsc_before > 0.3
 
 
 def test_towards_itself_nothing_moves() -> None:
@@ -201,11 +226,121 @@ def test_no_bent_copy_of_a_case_kept_aside_is_trained_on(run, aside: str, tmp_pa
     assert said == [f"{5 - 1 - len(trained)} bent scan(s) of cases kept aside are left out"]
 
 
-def test_a_filled_output_is_refused(run) -> None:  # type: ignore[no-untyped-def]
-    _, command, _ = run
+def _written(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.nii.gz")
+    }
+
+
+def test_a_second_run_bends_nothing_again(run) -> None:  # type: ignore[no-untyped-def]
+    folder, command, _ = run
+    before, listed = _written(folder / "out"), (folder / "out" / "cases.json").read_bytes()
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 1
-    assert "holds images/ or labels/ already" in str(again.exception)
+    assert again.exit_code == 1 and "3 scan(s) bent, 1 problem(s)" in again.output
+    assert "DSC" not in again.output
+    assert _written(folder / "out") == before
+    assert (folder / "out" / "cases.json").read_bytes() == listed
+
+
+def test_a_folder_of_other_pairs_is_refused(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder, command, _ = run
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+
+    def refused(name: str, *options: str) -> None:
+        before = _written(out)
+        result = CliRunner().invoke(app, [*command, "--output", str(out), *options])
+        assert result.exit_code == 1
+        assert f"holds images/ or labels/ already, {name} among them" in str(result.exception)
+        assert _written(out) == before
+
+    refused("q_as_m3", "--count", "2")
+    # Another scan of the same name.
+    shutil.copytree(folder / "cases", tmp_path / "cases")
+    write_volume(tmp_path / "cases" / "labels" / "p.nii.gz", body_labels(5))
+    refused("p_as_m3", "--cases", str(tmp_path / "cases"))
+    # As an earlier version left it: of which files is not known.
+    entries = json.loads((out / "cases.json").read_text())
+    del entries["q_as_m4"]["made_of"]
+    (out / "cases.json").write_text(json.dumps(entries))
+    refused("q_as_m4")
+    write_volume(out / "images" / "own_0000.nii.gz", np.zeros((3, 3, 3), np.int16))
+    refused("own")
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test puts in the place of the work is not seen by other processes."""
+    monkeypatch.setattr(
+        bent_sets, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers)
+    )
+
+
+def test_what_was_broken_off_goes_on(
+    run,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_threads: None,
+) -> None:
+    folder, _, _ = run
+    cases, out, bent_now = read_dataset(folder / "cases").cases, tmp_path / "out", []
+
+    def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
+        if label_map.name == "odd.nii.gz":
+            raise UserError(f"{label_map}: odd")
+        name = bent_sets.name_of(case, label_map)
+        bent_now.append(name)
+        for part in (f"images/{name}_0000", f"labels/{name}", f"probabilities/{name}"):
+            if case.chances or not part.startswith("prob"):
+                shutil.copy(label_map, write_volume(output / f"{part}.nii.gz", np.zeros((2, 2, 2))))
+        return 0.5, 0.6
+
+    def stop(name: str, before: float, after: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bent_sets, "bend_one", bend_one)
+    with pytest.raises(KeyboardInterrupt):
+        bend_all(folder / "maps", cases, out, count=4, on_done=stop)
+    (first,) = json.loads((out / "cases.json").read_text())
+    assert first == "p_as_m3"
+    # A pair whose files are there, but not in the list, was broken off: it is done again.
+    bent_now.clear()
+    result = bend_all(folder / "maps", cases, out, count=4)
+    assert bent_now == ["q_as_m4", "q_as_m3"] and set(result.overlaps) == set(bent_now)
+    assert list(result.cases) == ["p_as_m3", "q_as_m4", "q_as_m3"]
+    assert json.loads((out / "cases.json").read_text()) == result.cases
+    (out / "labels" / "q_as_m4.nii.gz").unlink()
+    bent_now.clear()
+    bend_all(folder / "maps", cases, out, count=4)
+    assert bent_now == ["q_as_m4"]
+
+
+def test_whatever_goes_wrong_with_a_pair_is_its_line(
+    run,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_threads: None,
+) -> None:
+    folder, _, _ = run
+    said = (
+        "Exception thrown in SimpleITK DemonsExecute: demons.cxx:5:\nITK ERROR: Demons(0x1): no way"
+    )
+    wrong = {"p_as_m3": MemoryError(), "q_as_m4": RuntimeError(said)}
+
+    def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
+        if error := wrong.get(bent_sets.name_of(case, label_map)):
+            raise error
+        return 0.5, 0.6
+
+    monkeypatch.setattr(bent_sets, "bend_one", bend_one)
+    cases = read_dataset(folder / "cases").cases
+    result = bend_all(folder / "maps", cases, tmp_path / "out", count=4)
+    assert list(result.cases) == ["p_as_odd", "q_as_m3"]
+    maps = folder / "maps"
+    assert sorted(result.problems) == [
+        f"{maps}/m3.nii.gz over p: MemoryError; left out",
+        f"{maps}/m4.nii.gz over q: no way; left out",
+    ]
 
 
 def test_labels_numbered_otherwise_and_a_bad_case_named_once(tmp_path: Path) -> None:

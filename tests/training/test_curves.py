@@ -91,3 +91,11 @@ def test_validation_losses_are_drawn(tmp_path: Path):
     log(tmp_path, "validation_loss.jsonl", [{"step": k, "loss": 1 / k} for k in (2, 5)])
     assert read_run(tmp_path).validation_loss == {2: 0.5, 5: 0.2}
     assert write_curves(tmp_path).read_bytes() != before
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path):
+    log(tmp_path, "metrics.jsonl", [step(0)])
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(UserError, match=r"curves.png: cannot be written \(Is a directory\)"):
+        write_curves(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}

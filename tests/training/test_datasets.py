@@ -55,6 +55,36 @@ def test_names_without_a_channel_and_other_formats(tmp_path: Path):
     assert [case.labels.name for case in found.cases] == ["a.nii.gz", "b.nrrd"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "refused"),
+    [("images/a", "images/a_0000", True), ("images/a_0000.mha", "images/a_0000", True),
+     ("labels/a.nrrd", "labels/a", True), ("images/a_0000", "images/ab", False)],
+)  # fmt: skip
+def test_two_files_of_one_case_are_named(tmp_path: Path, one: str, other: str, refused: bool):
+    touch(tmp_path, "images/a_0000", "labels/a", other)
+    first = tmp_path / (one if "." in one else f"{one}.nii.gz")
+    first.touch()
+    (tmp_path / "cases.json").write_text('{"a": {"organs": ["liver"]}}')
+    if refused:
+        with pytest.raises(UserError, match=r"beside it is of the same case; remove one") as caught:
+            read_dataset(tmp_path)
+        assert first.name in str(caught.value) and f"{Path(other).name}.nii.gz" in str(caught.value)
+    else:
+        assert [case.name for case in read_dataset(tmp_path).cases] == ["a", "ab"]
+
+
+@pytest.mark.parametrize("propagated", [3, None, "liver"])
+def test_what_is_propagated_must_be_a_list(tmp_path: Path, propagated: object):
+    touch(tmp_path, "images/a_0000", "labels/a", "images/b_0000", "labels/b")
+    entry = {"organs": ["liver"], "bent_from": None}
+    listed = {"a": {**entry, "propagated": propagated}, "b": {**entry, "propagated": []}}
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+    found = read_dataset(tmp_path)
+    assert [(case.name, case.bent_from) for case in found.cases] == [("b", "")]
+    (problem,) = found.problems
+    assert f'case a has "propagated": {json.dumps(propagated)}; must be a list' in problem
+
+
 def test_one_cases_json_for_several_folders(tmp_path: Path):
     touch(tmp_path / "x", "images/a_0000", "labels/a")
     touch(tmp_path / "y", "images/b_0000")
@@ -121,6 +151,11 @@ def test_nnunet_names_are_mapped_to_ours(tmp_path: Path, labels: dict):
         ({"labels": {"liver": [1, 2]}}, "liver is a region of several values"),
         ({"labels": {"liver": 1, "Liver": 2}}, "two of them mean liver"),
         ({"labels": {"liver": 700}}, "liver = 700; must be 0 to 255"),
+        ({"labels": {"background": 0, "liver": 0}}, "liver = 0; 0 is the background"),
+        ({"labels": {"liver": 0}}, "liver = 0; 0 is the background"),
+        ({"labels": {"liver": 1, "spleen": 1}}, "spleen = 1, and another too; one a value"),
+        ({"labels": {"liver": 1}, "channel_names": 1}, "channel_names is 1; must be as"),
+        ({"labels": {"liver": 1}, "channel_names": None}, "channel_names is null; must be as"),
         ({"labels": {"liver": 1}, "channel_names": {"0": "T1", "1": "T2"}}, "several modalities"),
         ({}, 'no "labels"'),
     ],
@@ -129,6 +164,12 @@ def test_nnunet_descriptions_that_are_refused(tmp_path: Path, description: dict,
     with pytest.raises(UserError, match=words) as caught:
         read_dataset(nnunet(tmp_path, **description))
     assert "\n" not in str(caught.value)
+
+
+def test_several_values_may_be_ignored_or_background(tmp_path: Path):
+    labels = {"background": 0, "Background": 2, "ignore": 3, "Ignore": 4, "liver": 1}
+    (case, _) = read_dataset(nnunet(tmp_path, labels=labels)).cases
+    assert case.renumbering == ((0, 0), (1, 1), (2, 0), (3, 255), (4, 255))
 
 
 def test_a_second_channel_is_refused(tmp_path: Path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from flare_clef.training.atlas_votes import collect
-from flare_clef.training.fusion import agreement, calibrate, fuse, possible_values
+from flare_clef.training.fusion import agreement, calibrate, fuse, misfit, possible_values
+from flare_clef.training.registration import Grid
 
 
 def test_agreement_is_dsc_weighted_by_nearness() -> None:
@@ -52,3 +53,11 @@ def test_votes_that_fit_best_come_first() -> None:
     kept = collect(votes)
     wanted = sorted(fits, reverse=True)
     assert list(kept.agreement) == wanted and kept.organ.ravel().tolist() == wanted
+
+
+def test_without_a_neighbour_nothing_misfits() -> None:
+    grid = Grid((0.0, 0.0, 0.0), (5, 6, 7), 4.0)
+    np.testing.assert_array_equal(misfit({}, {}, grid), np.zeros((5, 6, 7), np.float32))
+    half = {1: np.full(grid.shape, 0.5, np.float32)}
+    whole = {1: np.ones(grid.shape, np.float32)}
+    np.testing.assert_allclose(misfit(half, whole, grid), 0.5, rtol=1e-5)

@@ -122,3 +122,13 @@ def test_balanced_weights():
 def test_equal_weights_are_the_mean_over_voxels():
     weights = balanced_weights(torch.tensor([900.0, 100.0, 0.0]).double(), exponent=0)
     assert weights.tolist() == pytest.approx([1e-3, 1e-3, 0])
+
+
+@pytest.mark.parametrize("loss_of", [sigmoid_dice_loss, softmax_dice_loss])
+def test_a_block_that_is_undecided_as_a_whole_costs_nothing(loss_of):
+    logits = torch.randn(1, 13, 2, 2, 2, requires_grad=True)
+    labels = torch.full((2, 2, 2), UNDECIDED, dtype=torch.uint8)
+    loss, terms = loss_of(logits, labels, ALL)
+    assert loss.item() == 0 and terms.cross_entropy == 0 and terms.dice_loss == 0
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert not gradient.any()

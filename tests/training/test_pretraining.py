@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import PRETRAIN, SMALL, one_thread, small_cases, small_trainer
@@ -100,3 +101,20 @@ def test_the_backbone_passes_over_and_the_head_is_new(tmp_path: Path):
         load_start(tmp_path / "b.safetensors", other)
     with pytest.raises(UserError, match="cannot be read"):
         load_start(tmp_path / "none.safetensors", SMALL)
+
+
+def test_a_network_that_burst_ends_with_the_line_for_it(tmp_path: Path):
+    trainer = small_trainer("pretrain", tmp_path / "run", steps=20, rate=1e30)
+    with pytest.raises(UserError, match="the loss was not a finite number in 10 steps in a row"):
+        trainer.train()
+
+
+def test_a_volume_without_tissue_costs_no_step(tmp_path: Path):
+    """No voxel lies above -200 HU: none is far from another, and there is no rank."""
+    cases = small_cases(tmp_path / "cases", 1)
+    np.save(cases[0].folder / "image.npy", np.full((16, 16, 16), -1, np.float16))
+    plan = dataclasses.replace(PRETRAIN, steps=1)
+    Pretraining(plan, cases, tmp_path / "run", architecture=SMALL).run()
+    (record,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert record["loss"] is not None and record["discriminativeness"] == 0
+    assert record["feature_rank"] is None

@@ -64,6 +64,11 @@ def test_a_collapse_costs_a_tenth_and_shows_in_the_figures():
     assert effective_rank(torch.eye(4).repeat(3, 1)) == pytest.approx(4, abs=1e-6)
 
 
+def test_a_rank_of_nothing_or_of_what_is_no_number_is_nan():
+    assert math.isnan(effective_rank(torch.empty(0, 3)))
+    assert math.isnan(effective_rank(torch.tensor([[1.0, 0.0], [math.nan, 0.0]])))
+
+
 def test_unit_rows_keep_the_order_of_voxels():
     features = torch.randn(1, 3, 2, 4, 5)
     rows = unit_rows(features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bodies import body_labels, write_training_set, write_volume
 from small_runs import SMALL_TOML
@@ -65,6 +66,20 @@ def test_cases_to_train_on_get_the_organ_and_those_aside_do_not(tmp_path: Path):
         tmp_path / "run" / "propagated" / "duodenum" / "labels" / "lacking.nii.gz"
     ).read_bytes()
     assert before == after
+
+
+def test_cases_that_cannot_be_placed_stay_as_they_are(tmp_path: Path):
+    """Only the liver is labelled: no atlas can be laid over that."""
+    for seed in range(1, 4):
+        write_volume(tmp_path / "atlases" / f"atlas_{seed}.nii.gz", body_labels(seed))
+    bodies = {name: np.uint8(body_labels(seed) == 1) for seed, name in enumerate(("a", "aside"))}
+    write_training_set(tmp_path / "cases", bodies, dict.fromkeys(bodies, ["liver"]))
+    (tmp_path / "r.toml").write_text(RECIPE)
+    done = train(tmp_path)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "warning: propagate: no case could be given a duodenum; all stay as they" in done.output
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["case"] for line in metrics] == ["a"] * 4
 
 
 @pytest.mark.parametrize(

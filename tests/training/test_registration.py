@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from bodies import SPACING_MM, body_labels, write_volume
 
 from flare_clef.errors import UserError
 from flare_clef.training.registration import (
+    Grid,
     affine_map,
+    deformable_map,
     load_organ_maps,
     nearness_weights,
     warp,
@@ -29,6 +32,30 @@ def test_shares_keep_volume_and_place_whatever_the_stored_axes(tmp_path: Path) -
         z, y, x = np.argwhere(labels == organ).mean(0)
         expected = np.array([x, y, z]) * SPACING_MM + (-100.0, -80.0, 30.0)
         np.testing.assert_allclose(straight.points[organ].mean(0), expected, atol=1.0)
+
+
+def test_nothing_of_an_oblique_label_map_is_cut(tmp_path: Path) -> None:
+    """Turned by 20 degrees about x: two corners of an organ's box are not its ends."""
+    labels = body_labels(0)
+    image = sitk.ReadImage(str(write_volume(tmp_path / "straight.nii.gz", labels)))
+    c, s = np.cos(np.radians(20)), np.sin(np.radians(20))
+    image.SetDirection((1, 0, 0, 0, c, -s, 0, s, c))
+    sitk.WriteImage(image, str(tmp_path / "leaning.nii.gz"))
+    maps = load_organ_maps(tmp_path / "leaning.nii.gz", 4.0)
+    for organ in np.unique(labels)[1:]:
+        share = maps.shares[int(organ)]
+        assert share.sum() / 255 == pytest.approx((labels == organ).sum(), rel=0.01)
+    # The whole volume, by hand: y and z of its corners, turned about the origin.
+    depth, height = (4.0 * (n - 1) for n in labels.shape[:2])
+    ends = [(c * y - s * z, s * y + c * z) for y in (0, height) for z in (0, depth)]
+    wanted = np.array([np.min(ends, 0), np.max(ends, 0)]) + (-80.0, 30.0)
+    np.testing.assert_allclose(maps.volume_mm[:, 1:], wanted, atol=1e-3)
+
+
+def test_without_a_neighbour_an_atlas_stays_where_it_lies() -> None:
+    affine = sitk.AffineTransform(3)
+    atlas = SimpleNamespace(grid=None, shares={})
+    assert deformable_map({}, atlas, Grid((0.0, 0.0, 0.0), (5, 6, 7), 4.0), affine) is affine  # type: ignore[arg-type]
 
 
 def test_affine_map_finds_a_known_scale_and_shift(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What propagation leaves on disk, without a propagation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from small_cases import liver, write_pair
+
+from flare_clef.images import read_image
+from flare_clef.organs import ORGAN_BY_NAME
+from flare_clef.training.cases import Case
+from flare_clef.training.datasets import read_dataset
+from flare_clef.training.fusion import Calibration
+from flare_clef.training.propagated_files import Propagated, write_case, write_records
+
+ORGAN = ORGAN_BY_NAME["duodenum"]
+CALIBRATION = Calibration((0.0, 1.0), (0.0, 1.0), 0.5, (0.6,))
+
+
+def _case(folder: Path) -> Case:
+    write_pair(folder, "a", liver())
+    (case,) = read_dataset(folder).cases
+    return case
+
+
+def _propagate(cases: list[Case], output: Path) -> None:
+    result = Propagated()
+    for case in cases:
+        result.cases[case.name] = write_case(case, ORGAN, None, CALIBRATION, output)
+    write_records(result, {case.name: case for case in cases}, ORGAN, output)
+
+
+def test_whose_bent_copy_a_case_is_stays_known(tmp_path: Path):
+    _case(tmp_path / "cases")
+    entry = {"organs": ["liver"], "source": "q; bent to the shapes of m", "bent_from": "q"}
+    (tmp_path / "cases" / "cases.json").write_text(json.dumps({"a": entry}))
+    _propagate(list(read_dataset(tmp_path / "cases").cases), tmp_path / "out")
+    (case,) = read_dataset(tmp_path / "out").cases
+    assert case.bent_from == "q" and case.source == "q; bent to the shapes of m"
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_a_scan_of_two_files_can_be_read_at_its_new_place(tmp_path: Path, suffix: str):
+    case = _case(tmp_path / "cases")
+    _propagate([case], tmp_path / "out")
+    link = tmp_path / "out" / "images" / "a_0000.nii.gz"
+    assert link.is_symlink() and link.resolve() == case.image
+    scan = read_image(case.image)
+    header = case.image.with_name(f"a_0000{suffix}")
+    sitk.WriteImage(sitk.ReadImage(str(case.image)), str(header))
+    assert len(list(case.image.parent.iterdir())) == 3  # the header's voxels, too
+    case.image.unlink()
+    _propagate(list(read_dataset(tmp_path / "cases").cases), tmp_path / "out")
+    (placed,) = read_dataset(tmp_path / "out").cases
+    found = read_image(placed.image)
+    np.testing.assert_array_equal(found.array, scan.array)
+    np.testing.assert_allclose(found.origin_mm, scan.origin_mm)
+    assert found.array.dtype == scan.array.dtype
+
+
+def test_another_format_takes_the_place_of_the_former(tmp_path: Path):
+    case = _case(tmp_path / "cases")
+    _propagate([case], tmp_path / "out")
+    sitk.WriteImage(sitk.ReadImage(str(case.image)), str(case.image.with_name("a_0000.mha")))
+    case.image.unlink()
+    _propagate(list(read_dataset(tmp_path / "cases").cases), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["a_0000.mha"]
