@@ -28,7 +28,10 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class IntegerConvolution:
-    """A 3-D convolution of uint8 activations, stride 1, padded with zeros to the same size."""
+    """A 3-D convolution of uint8 activations, stride 1, padded with zeros along y and x.
+
+    Along z too, to the same size, if ``padded_z``; else it needs its neighbouring slices.
+    """
 
     packed: Tensor
     weight_scale: Tensor
@@ -41,6 +44,7 @@ class IntegerConvolution:
     to_bytes: bool
     """The output is uint8, and what is negative becomes 0; else float32 in real units."""
     highest: int
+    padded_z: bool
 
     @classmethod
     def of(
@@ -50,6 +54,8 @@ class IntegerConvolution:
         input_ranges: Tensor,
         output_ranges: Tensor | None,
         highest: int,
+        *,
+        padded_z: bool = True,
     ) -> IntegerConvolution:
         """Rounds ``weight`` (out, in, k, k, k) float32.
 
@@ -65,7 +71,7 @@ class IntegerConvolution:
         whole, weight_scale = round_weight(weight)
         side = weight.shape[-1]
         packed = torch.ops.onednn.qconv_prepack(
-            whole, weight_scale, 1 / highest, 0, [1] * 3, [side // 2] * 3, [1] * 3, 1, None
+            whole, weight_scale, 1 / highest, 0, [1] * 3, _padding(side, padded_z), [1] * 3, 1, None
         )
         return cls(
             packed,
@@ -75,19 +81,27 @@ class IntegerConvolution:
             side,
             output_ranges is not None,
             highest,
+            padded_z,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(1, in, z, y, x) uint8 in ``channels_last_3d`` to the same shape and layout."""
+        """(1, in, z, y, x) uint8 to (1, out, z, y, x), both in ``channels_last_3d``.
+
+        Not ``padded_z``: the first and the last ``side // 2`` slices have no result.
+        """
         kind, scale = (torch.uint8, 1 / self.highest) if self.to_bytes else (torch.float32, 1.0)
         out: Tensor = torch.ops.onednn.qconv_pointwise(
             x, 1 / self.highest, 0, self.packed, self.weight_scale, self.weight_zero, self.bias,
-            [1] * 3, [self.side // 2] * 3, [1] * 3, 1,
+            [1] * 3, _padding(self.side, self.padded_z), [1] * 3, 1,
             scale, 0, kind, "none", [], "",
         )  # fmt: skip
         if self.to_bytes and self.highest < FULL:
             out.clamp_(max=self.highest)
         return out
+
+
+def _padding(side: int, padded_z: bool) -> list[int]:
+    return [side // 2 * padded_z, side // 2, side // 2]
 
 
 def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +112,8 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_activation(x: Tensor, highest: int) -> Tensor:
-    """Shares of the range as uint8, below 0 as 0, above 1 as ``highest``; ``x`` is used up."""
-    return x.mul_(highest).round_().clamp_(0, highest).to(torch.uint8)
+    """Steps as uint8, below 0 as 0, above ``highest`` as ``highest``; ``x`` is used up."""
+    return x.round_().clamp_(0, highest).to(torch.uint8)
 
 
 def highest_activation() -> int | None:

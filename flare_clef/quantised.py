@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from flare_clef.calibration import HEAD, Calibration, last_layer
 from flare_clef.inference import FoldedNetwork, fold_norm
-from flare_clef.integer_convolution import IntegerConvolution, round_activation
+from flare_clef.integer_convolution import CHANNELS, IntegerConvolution, round_activation
 from flare_clef.network import Architecture, ConvBlock, SegmentationNetwork, blocks, convolve
 
 _DEVIATIONS = 10.0
@@ -30,6 +30,9 @@ _DEVIATIONS = 10.0
 
 _HEAP_GAPS = 1.65
 """As :data:`flare_clef.inference.HEAP_GAPS`; bytes beside float32 leave more, 1.59 was seen."""
+
+_BLOCK = torch.complex128
+"""Sixteen bytes that torch copies as one; nothing computes with them."""
 
 _FIRST = "encoder.0.0"
 _POWER = 0.75
@@ -121,6 +124,7 @@ class _First:
 
     weight: Tensor
     bias: Tensor
+    """Both give steps, ``highest`` of which are a channel's range."""
     highest: int
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -130,10 +134,10 @@ class _First:
 
 def _first(block: ConvBlock, calibration: Calibration, highest: int) -> _First:
     weight, bias = fold_norm(block)
-    ranges, offsets = calibration.ranges[_FIRST], calibration.offsets[_FIRST]
-    weight = weight / ranges.view(-1, 1, 1, 1, 1)
+    steps, offsets = highest / calibration.ranges[_FIRST], calibration.offsets[_FIRST]
+    weight = weight * steps.view(-1, 1, 1, 1, 1)
     weight = weight.contiguous(memory_format=torch.channels_last_3d)
-    return _First(weight, (bias + offsets) / ranges, highest)
+    return _First(weight, (bias + offsets) * steps, highest)
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,12 @@ class _JoinedMerge:
     """Doubles the coarse map, joins it to the skip (:func:`joined`), convolves both at once."""
 
     convolution: IntegerConvolution
+    """Not padded along z."""
 
-    def __call__(self, skip: Tensor, coarse: Tensor, first: int = 0) -> Tensor:
-        return self.convolution(joined(skip, coarse, first))
+    def __call__(
+        self, skip: Tensor, coarse: Tensor, first: int = 0, beyond: tuple[int, int] = (1, 1)
+    ) -> Tensor:
+        return self.convolution(joined(skip, coarse, first, beyond))
 
 
 class QuantisedNetwork(FoldedNetwork):
@@ -161,12 +168,13 @@ class QuantisedNetwork(FoldedNetwork):
         inputs = input_ranges(network.architecture, ranges)
         named = named_blocks(network)
 
-        def conv(name: str) -> IntegerConvolution:
+        def conv(name: str, *, padded_z: bool = True) -> IntegerConvolution:
             weight, bias = fold_norm(named[name])
             # The last one has no range: float32 comes out.
             return IntegerConvolution.of(
-                weight, bias + offsets[name], inputs[name], ranges.get(name), highest
-            )
+                weight, bias + offsets[name], inputs[name], ranges.get(name), highest,
+                padded_z=padded_z,
+            )  # fmt: skip
 
         self._encoder: list[list[Callable[[Tensor], Tensor]]] = [  # type: ignore[assignment]
             [
@@ -175,15 +183,13 @@ class QuantisedNetwork(FoldedNetwork):
             ]
             for level, count in enumerate(self.architecture.encoder_convs)
         ]
-        decoder = [
-            [conv(f"decoder.{level}.{number}") for number in range(count)]
-            for level, count in enumerate(self.architecture.decoder_convs)
-        ]
         self._merges: list[_JoinedMerge] = [  # type: ignore[assignment]
-            _JoinedMerge(stack[0]) for stack in decoder
+            _JoinedMerge(conv(f"decoder.{level}.0", padded_z=False))
+            for level in range(len(self.architecture.decoder_convs))
         ]
         self._decoder: list[list[IntegerConvolution]] = [  # type: ignore[assignment]
-            stack[1:] for stack in decoder
+            [conv(f"decoder.{level}.{number}") for number in range(1, count)]
+            for level, count in enumerate(self.architecture.decoder_convs)
         ]
 
         self._head = [
@@ -233,25 +239,46 @@ class QuantisedNetwork(FoldedNetwork):
     ) -> Tensor:
         first = held[0] // 2
         coarse = below[:, :, first : (held[1] + 1) // 2]
-        out = self._merges[0](skip, coarse, held[0] - 2 * first)
-        return out[:, :, wanted[0] - held[0] : wanted[1] - held[0]]
+        # Where the volume ends, what is held ends with what is wanted.
+        beyond = 1 - (wanted[0] - held[0]), 1 - (held[1] - wanted[1])
+        return self._merges[0](skip, coarse, held[0] - 2 * first, beyond)
 
     def _logits(self, features: Tensor) -> Tensor:
         return super()._logits(functional.relu_(features))
 
 
-def joined(skip: Tensor, coarse: Tensor, first: int) -> Tensor:
+def joined(
+    skip: Tensor, coarse: Tensor, first: int = 0, beyond: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Channels of ``skip``, then of ``coarse`` with every voxel doubled along z, y and x.
 
-    ``skip`` begins ``first`` slices after the doubled map. Written once, in place: a map that
-    is doubled, cut and joined in turn moves through memory three times.
+    ``skip`` begins ``first`` slices after the doubled map; slices of zeros lie ``beyond`` it, so
+    many below and above. All of uint8, channels innermost and multiples of 16. Written once, in
+    place: a map that is doubled, cut and joined in turn moves through memory three times.
     """
-    _, channels, depth, height, width = coarse.shape
-    own = skip.shape[1]
-    out = torch.empty((1, 2 * depth, 2 * height, 2 * width, own + channels), dtype=skip.dtype)
-    cells = coarse.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
-    pairs = out.view(1, depth, 2, height, 2, width, 2, own + channels)
-    pairs[..., own:] = cells
-    part = out[:, first : first + skip.shape[2]]
-    part[..., :own] = skip.permute(0, 2, 3, 4, 1)
-    return part.permute(0, 4, 1, 2, 3)
+    own, channels = skip.shape[1] // CHANNELS, coarse.shape[1] // CHANNELS
+    slices, height, width = skip.shape[2:]
+    below, above = beyond
+    out = torch.empty((below + slices + above, height, width, own + channels), dtype=_BLOCK)
+    out[:below], out[below + slices :] = 0, 0
+    part = out[below : below + slices]
+    _copy(part[..., :own], _blocks(skip))
+    cells = _blocks(coarse)
+    for parity in (0, 1):
+        lower = (parity - first) % 2
+        pairs = part[lower::2].unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        doubled = cells[(lower + first) // 2 :][: len(pairs)]
+        for side in (0, 1):
+            _copy(pairs[:, :, :, :, side, own:], doubled[:, :, None])
+    return out.view(torch.uint8)[None].permute(0, 4, 1, 2, 3)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """(1, channels, z, y, x) bytes as (z, y, x, channels / 16) of 16 bytes each."""
+    return x[0].permute(1, 2, 3, 0).view(_BLOCK)
+
+
+def _copy(to: Tensor, of: Tensor) -> None:
+    """Block by block: along x, not along the one or two blocks of a voxel, torch's loop is long."""
+    for block in range(to.shape[-1]):
+        to[..., block].copy_(of[..., block])

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import TINY, lively_network
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from flare_clef import precision
 from flare_clef.errors import UserError
-from flare_clef.inference import FoldedNetwork
+from flare_clef.inference import FoldedNetwork, activated
 from flare_clef.integer_convolution import FULL, REDUCED
-from flare_clef.network import Architecture
+from flare_clef.network import Architecture, channels_last, convolve
 from flare_clef.precision import choose_device, choose_precision
 
 CPU = torch.device("cpu")
@@ -48,6 +49,21 @@ def test_the_full_architecture():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "side"), [(1, 3), (16, 3), (16, 1)])
+def test_fused_activation_equals_convolution_and_relu(kind, inputs, side):
+    generator = torch.Generator().manual_seed(inputs + side)
+    x = torch.randn(1, inputs, 3, 20, 24, generator=generator).to(kind)
+    x = channels_last(x) if inputs == 1 else x.contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(16, inputs, side, side, side, generator=generator).to(kind)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    bias = torch.randn(16, generator=generator).to(kind)
+    with torch.inference_mode():
+        found = activated(x, weight, bias)
+        assert torch.equal(found, functional.relu(convolve(x, weight, bias)))
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_with_one_thread_no_convolution_is_left_to_the_plain_form():
     # torch takes it for 1x1x1 kernels where one thread computes: 7 % of a pass.
     network = FoldedNetwork(lively_network(TINY), CPU, "fp32")

@@ -41,13 +41,19 @@ def calibrated():
     return network, calibrate(network, [lambda: body_volume()[None, None]])
 
 
-@pytest.mark.parametrize(("first", "slices"), [(0, 4), (1, 2), (1, 3), (0, 3)])
-def test_joined_is_nearest_upsampling_and_concatenation(first: int, slices: int):
-    coarse = torch.randint(0, 255, (1, 5, 2, 3, 4), dtype=torch.uint8)
-    skip = torch.randint(0, 255, (1, 2, slices, 6, 8), dtype=torch.uint8)
+@pytest.mark.parametrize(("first", "slices"), [(0, 4), (1, 2), (1, 3), (0, 3), (1, 1)])
+@pytest.mark.parametrize("beyond", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_joined_is_nearest_upsampling_and_concatenation(
+    first: int, slices: int, beyond: tuple[int, int]
+):
+    # All values of a byte: none may change where 16 of them are copied as if they were a number.
+    coarse = torch.randint(0, 256, (1, 32, 2, 30, 40), dtype=torch.uint8)
+    skip = torch.randint(0, 256, (1, 48, slices, 60, 80), dtype=torch.uint8)
+    coarse, skip = (t.contiguous(memory_format=torch.channels_last_3d) for t in (coarse, skip))
     doubled = functional.interpolate(coarse.float(), scale_factor=2, mode="nearest").byte()
-    found = joined(skip, coarse, first)
-    assert torch.equal(found, torch.cat([skip, doubled[:, :, first : first + slices]], dim=1))
+    found = joined(skip, coarse, first, beyond)
+    wanted = torch.cat([skip, doubled[:, :, first : first + slices]], dim=1)
+    assert torch.equal(found, functional.pad(wanted, (0, 0, 0, 0, *beyond)))
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
