@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,14 @@ class Image:
     """The input's own header, so that its label map repeats the geometry bit for bit."""
     nrrd_geometry: tuple[bytes, ...] = ()
     """The lines of an NRRD input's header that do the same for NRRD."""
-    owner: Any = field(default=None, repr=False)
-    """Keeps the memory under ``array`` alive."""
+
+
+class _Held:
+    """An image's voxels without a copy, which they keep alive: SimpleITK's own view does not."""
+
+    def __init__(self, image: sitk.Image) -> None:
+        self.image = image
+        self.__array_interface__ = sitk.GetArrayViewFromImage(image).__array_interface__
 
 
 def read_image(path: Path) -> Image:
@@ -165,8 +171,8 @@ def _unpack(image: sitk.Image, source: Path | None = None) -> tuple[Any, ...]:
         )
     if "complex" in image.GetPixelIDTypeAsString():
         raise UserError(f"{name}: complex numbers; a CT has one number a voxel")
-    array = sitk.GetArrayViewFromImage(image)
-    return array, image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image
+    array = np.asarray(_Held(image))
+    return array, image.GetSpacing(), image.GetOrigin(), image.GetDirection()
 
 
 def image_from_sitk(image: sitk.Image) -> Image:
@@ -198,7 +204,6 @@ def _checked(
     spacing: Any,
     origin: Any,
     direction: Any,
-    owner: Any = None,
     *,
     source: Path | None = None,
 ) -> Image:
@@ -218,7 +223,7 @@ def _checked(
     if array.dtype == np.float64 or array.dtype == np.float16:
         array = array.astype(np.float32)
     warnings = _value_warnings(array)
-    return Image(array, spacing, origin, direction, source, warnings, owner=owner)  # type: ignore[arg-type]
+    return Image(array, spacing, origin, direction, source, warnings)  # type: ignore[arg-type]
 
 
 def _numbers(name: Path | str, what: str, values: Any) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The geometry lines of an NRRD header, repeated as they are.
+"""NRRD headers: the geometry lines of a scan's, repeated as they are.
 
 NRRD holds the product of direction and spacing; ITK takes it apart on reading and multiplies
 again on writing, which changes the last bit. A label map therefore gets its scan's own lines.
@@ -24,14 +24,17 @@ def geometry_lines(path: Path) -> tuple[bytes, ...]:
     return lines if usable else ()
 
 
-def repeat_geometry(path: Path, lines: tuple[bytes, ...]) -> None:
-    """Puts ``lines`` in the place of those of an NRRD file that ITK wrote; not atomically."""
-    header, length = _split(path)
-    kept = [line for line in header.splitlines() if _field(line) not in _GEOMETRY]
-    with path.open("rb") as file:
-        file.seek(length)
-        voxels = file.read()
-    path.write_bytes(b"\n".join([*kept, *lines]) + b"\n\n" + voxels)
+def new_header(path: Path, shape: tuple[int, ...], geometry: tuple[bytes, ...]) -> bytes:
+    """The header of the NRRD file ``path`` for a volume of ``shape`` (z, y, x), empty line too.
+
+    With the lines ``geometry``, if any, in the place of its own.
+    """
+    replaced = (b"sizes", *(_GEOMETRY if geometry else ()))
+    kept = [line for line in _split(path)[0].splitlines() if _field(line) not in replaced]
+    # The format's mark stays the first line; a field that places an axis needs their number.
+    at = next(n for n, line in enumerate(kept) if _field(line) == b"dimension") + 1
+    kept.insert(at, b"sizes: " + b" ".join(b"%d" % n for n in reversed(shape)))
+    return b"\n".join([*kept, *geometry]) + b"\n\n"
 
 
 def _split(path: Path) -> tuple[bytes, int]:

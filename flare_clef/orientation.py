@@ -57,7 +57,6 @@ def reorient(image: Image, code: str) -> Image:
         direction=tuple(columns.ravel().tolist()),
         nifti_header=None,
         nrrd_geometry=(),
-        owner=None,
     )
 
 

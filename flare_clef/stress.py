@@ -20,6 +20,7 @@ from flare_clef.orientation import nearest_axes, reorient
 
 AIR_HU = -1000
 _BODY_HU = -500
+_THICK_MM = 5.0
 
 Change = Callable[[Image], Image]
 
@@ -35,13 +36,15 @@ class Perturbation:
     """On its labels: the same change of the grid, nothing else."""
 
 
-def perturbations(orientations: Sequence[str] = ("RAS", "PIR", "SRP")) -> list[Perturbation]:
-    """Those that ``stress`` tries, ``orientations`` among them."""
+def perturbations(
+    image: Image, orientations: Sequence[str] = ("RAS", "PIR", "SRP")
+) -> list[Perturbation]:
+    """Those that ``stress`` tries on ``image``, ``orientations`` among them."""
     same: Change = _unchanged
     grid: list[tuple[str, Change]] = [
         ("third cut off above", lambda image: crop_third(image, above=True)),
         ("third cut off below", lambda image: crop_third(image, above=False)),
-        ("slices of 5 mm", lambda image: thin_out(image, 5.0)),
+        (_thinned_name(image), lambda image: thin_out(image, _THICK_MM)),
         ("field of view -20 %", lambda image: narrow(image, 0.8)),
     ]
     grid += [(f"stored as {code}", partial(reorient, code=code)) for code in orientations]
@@ -80,13 +83,25 @@ def thin_out(image: Image, thickness_mm: float) -> Image:
 
     A scan whose slices are that thick already keeps them all.
     """
-    stored, _ = _stored_axis(image, 2)
-    step = max(1, round(thickness_mm / image.spacing_mm[stored]))
+    stored, step = _thinning(image, thickness_mm)
     index: list[slice] = [slice(None)] * 3
     index[2 - stored] = slice(None, None, step)
     spacing = list(image.spacing_mm)
     spacing[stored] *= step
     return _with(image, image.array[tuple(index)], spacing_mm=tuple(spacing))
+
+
+def _thinning(image: Image, thickness_mm: float) -> tuple[int, int]:
+    """The stored axis along the body, and every how many-th slice of it is kept."""
+    stored, _ = _stored_axis(image, 2)
+    return stored, max(1, round(thickness_mm / image.spacing_mm[stored]))
+
+
+def _thinned_name(image: Image) -> str:
+    """By the spacing that is reached, as slices can be left out only, not moved."""
+    stored, step = _thinning(image, _THICK_MM)
+    as_is = " (as is)" if step == 1 else ""
+    return f"slices of {step * image.spacing_mm[stored]:.3g} mm{as_is}"
 
 
 def shift_hu(image: Image, hu: float) -> Image:
@@ -175,6 +190,5 @@ def _with(image: Image, array: np.ndarray, **geometry: Any) -> Image:
         array=np.ascontiguousarray(array),
         nifti_header=None,
         nrrd_geometry=(),
-        owner=None,
         **geometry,
     )

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -83,24 +83,29 @@ def write_labels(labels: np.ndarray, like: Image, path: Path, *, named: bool = T
     with _written_beside(path) as temporary:
         if suffix.startswith(".nii"):
             _write_nifti(labels, like, temporary, named=named)
-            return
-        image = labels_to_sitk(labels, like)
-        if suffix == ".nrrd" and named:
-            for key, value in slicer_keys(image.GetSize()).items():
-                image.SetMetaData(key, value)
-        sitk.WriteImage(image, str(temporary), True, 1)
-        if suffix == ".nrrd" and like.nrrd_geometry:
-            nrrd.repeat_geometry(temporary, like.nrrd_geometry)
+        elif suffix == ".nrrd":
+            _write_nrrd(labels, like, temporary, named=named)
+        else:
+            sitk.WriteImage(labels_to_sitk(labels, like), str(temporary), True, 1)
+
+
+def _write_by_itk(voxel: sitk.Image, temporary: Path) -> None:
+    """A file of one voxel, for its header."""
+    sitk.WriteImage(voxel, str(temporary), True, 1)
+    if not temporary.stat().st_size:
+        # ITK does not say why.
+        raise OSError("no byte could be written; is the disk full?")
+
+
+def _voxel(like: Image) -> sitk.Image:
+    return labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like)
 
 
 def _itk_header(like: Image, temporary: Path) -> bytes:
     """The header that ITK gives to a scan that came from another format."""
     # The next scan is being read meanwhile.
     with ITK_NIFTI:
-        sitk.WriteImage(labels_to_sitk(np.zeros((1, 1, 1), np.uint8), like), str(temporary))
-    if not temporary.stat().st_size:
-        # ITK does not say why.
-        raise OSError("no byte could be written; is the disk full?")
+        _write_by_itk(_voxel(like), temporary)
     return nifti.read_header(temporary).raw
 
 
@@ -126,8 +131,27 @@ def _write_nifti(array: np.ndarray, like: Image, path: Path, *, named: bool) -> 
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(path.open("wb"))
         if path.name.lower().endswith(".gz"):
-            file = stack.enter_context(gzip.GzipFile("", "wb", 1, file, mtime=0))
+            file = stack.enter_context(_packed(file))
         file.write(header)
         # Slice by slice: a scan of 1.5 G voxels must not be held a second time to be written.
         for plane in array:
             file.write(np.ascontiguousarray(plane, dtype))
+
+
+def _write_nrrd(labels: np.ndarray, like: Image, path: Path, *, named: bool) -> None:
+    """The header alone by ITK, for the reason that :func:`_write_nifti` has."""
+    voxel = _voxel(like)
+    if named:
+        for key, value in slicer_keys(labels.shape[::-1]).items():
+            voxel.SetMetaData(key, value)
+    _write_by_itk(voxel, path)
+    header = nrrd.new_header(path, labels.shape, like.nrrd_geometry)
+    with path.open("wb") as file:
+        file.write(header)
+        with _packed(file) as packed:
+            for plane in labels:
+                packed.write(np.ascontiguousarray(plane).data)
+
+
+def _packed(file: IO[bytes]) -> gzip.GzipFile:
+    return gzip.GzipFile("", "wb", 1, file, mtime=0)

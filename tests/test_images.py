@@ -21,7 +21,9 @@ from flare_clef.images import (
     image_from_array,
     read_image,
 )
+from flare_clef.orientation import reorient
 from flare_clef.scan_files import find_inputs, output_name, strip_suffix
+from flare_clef.stress import crop_third
 from flare_clef.writing import write_labels
 
 
@@ -265,6 +267,19 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, plain: Path):
     (tmp_path / "s" / "1.2.3-0.dcm").rename(slice_of)
     with pytest.raises(UserError, match="not UTF-8"):
         read_image(tmp_path / "s")
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_voxels_outlive_the_image_that_they_came_from(tmp_path: Path, suffix: str):
+    """SimpleITK's view of them does not: it showed what came into their memory next."""
+    path = write_scan(tmp_path / f"a{suffix}", body_hu((20, 24, 28)))
+    wanted = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    voxels = read_image(path).array
+    turned = reorient(read_image(path), "LPS").array
+    cut = crop_third(read_image(path), above=True).array
+    filled = [np.full(wanted.shape, 99, wanted.dtype) for _ in range(20)]
+    assert np.array_equal(voxels, wanted) and np.array_equal(turned, wanted)
+    assert np.isin(cut, wanted).all() and len(filled) == 20
 
 
 def test_values_of_a_scan_without_any(tmp_path: Path):

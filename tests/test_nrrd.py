@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from flare_clef.images import read_image
+from flare_clef.images import image_from_array, read_image
 from flare_clef.nrrd import geometry_lines
-from flare_clef.writing import write_labels
+from flare_clef.writing import labels_to_sitk, write_labels
 
 HEADER = b"""NRRD0005
 # a comment: space origin: (9,9,9)
@@ -46,6 +46,23 @@ def test_a_foreign_header_of_another_space(tmp_path: Path, line_end: bytes):
     assert found.GetDirection() == scan.GetDirection()
     assert np.array_equal(sitk.GetArrayFromImage(found), labels)
     assert found.GetMetaData("Segment0_Name")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_without_a_header_to_repeat_it_is_what_itk_writes(tmp_path: Path, named: bool):
+    turn = (0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    scan = image_from_array(np.zeros((3, 4, 5), np.int16), (0.7, 0.8, 2.5), (1.5, -2.0, 3.0), turn)
+    labels = np.random.default_rng(0).integers(0, 14, (3, 4, 5)).astype(np.uint8)
+    write_labels(labels, scan, tmp_path / "ours.nrrd", named=named)
+    sitk.WriteImage(labels_to_sitk(labels, scan), str(tmp_path / "itk.nrrd"), True)
+    ours, itk = (sitk.ReadImage(str(tmp_path / name)) for name in ("ours.nrrd", "itk.nrrd"))
+    assert np.array_equal(sitk.GetArrayFromImage(ours), labels)
+    for found in (ours.GetSpacing, itk.GetSpacing), (ours.GetOrigin, itk.GetOrigin):
+        assert found[0]() == found[1]()
+    assert ours.GetDirection() == itk.GetDirection()
+    assert ours.HasMetaDataKey("Segment0_Name") is named
+    if named:
+        assert ours.GetMetaData("Segment0_Extent") == "0 4 0 3 0 2"
 
 
 def test_a_detached_header(tmp_path: Path):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flare_clef import stress
 from flare_clef.cli import app
-from flare_clef.images import Image, image_from_array
+from flare_clef.images import Image, image_from_array, read_image
 from flare_clef.orientation import reorient
 
 
@@ -45,6 +45,18 @@ def test_thinned() -> None:
     assert thin.array[:, 0, 0].tolist() == [0, 200, 400, 600, 800]
     assert thin.spacing_mm == (1, 2, 5)
     assert stress.thin_out(thin, 5.0).array.shape == thin.array.shape
+
+
+def test_thinning_is_named_by_what_it_reaches() -> None:
+    names = {}
+    for spacing in (1.0, 3.0, 4.0, 5.0, 7.5):
+        image = replace(scan(), spacing_mm=(1.0, 2.0, spacing))
+        (guise,) = (g for g in stress.perturbations(image) if g.name.startswith("slices of"))
+        names[spacing] = guise.name
+        reached = guise.change(image).spacing_mm[2]
+        assert guise.name.split(" (")[0] == f"slices of {reached:g} mm"
+    assert names[1.0] == "slices of 5 mm" and names[3.0] == "slices of 6 mm"
+    assert names[4.0] == "slices of 4 mm (as is)" and names[7.5] == "slices of 7.5 mm (as is)"
 
 
 def test_narrowed() -> None:
@@ -96,7 +108,7 @@ def test_command(tmp_path: Path, tiny_weights: Path) -> None:
     )
     assert ran.exit_code == 0, ran.output
     result = json.loads((tmp_path / "out" / "stress.json").read_text())
-    assert list(result["dsc"]) == [guise.name for guise in stress.perturbations()]
+    assert list(result["dsc"]) == [guise.name for guise in stress.perturbations(read_image(path))]
     # The tool looks at directions, so how a scan is stored changes next to nothing.
     assert result["mean"]["stored as RAS"] > 0.99
     lines = (tmp_path / "out" / "stress.csv").read_text().splitlines()

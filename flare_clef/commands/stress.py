@@ -81,7 +81,7 @@ def stress(
     if truth is not None:
         table["as it is"] = agreement(plain, truth, organs)
         _print_row("as it is", mean_dsc(table["as it is"]), table["as it is"])
-    guises = perturbations(ORIENTATIONS) if all_orientations else perturbations()
+    guises = perturbations(image, ORIENTATIONS) if all_orientations else perturbations(image)
     for guise in guises:
         try:
             changed = guise.change(image)
