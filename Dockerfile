@@ -2,6 +2,8 @@
 #     docker build -t clef:latest --build-arg REVISION="$(git rev-parse HEAD)" .
 # The CUDA image: the package index's own build of torch in place of the CPU one:
 #     docker build -t clef:cuda --build-arg TORCH_INDEX= .
+# For a harness whose folder of results belongs to root, and that gives no --user:
+#     docker build -t clef:latest --build-arg RUN_AS=0:0 .
 ARG BASE_IMAGE=python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 # Where pip runs; its layers are not part of the image.
 ARG BUILD_IMAGE=${BASE_IMAGE}
@@ -46,7 +48,8 @@ ENV PATH=/opt/flare-clef/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /workspace
-USER 1000:1000
+ARG RUN_AS=1000:1000
+USER ${RUN_AS}
 ENTRYPOINT ["/opt/flare-clef/entrypoint.sh"]
 CMD ["/workspace/predict.sh"]
 

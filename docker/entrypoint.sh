@@ -6,7 +6,9 @@
 #   docker run clef info                   any command or option of flare-clef
 #   docker run clef /bin/bash -c "…"       any program of the image
 case ${1:-} in
-  -*) set -- flare-clef "$@" ;;
+  # First, as the base image may have programs of these names (vim's view).
+  -* | predict | info | view | evaluate | phantom | stress | profile | train)
+    set -- flare-clef "$@" ;;
   *) command -v "${1:-}" >/dev/null || set -- flare-clef "$@" ;;
 esac
 

@@ -6,6 +6,7 @@ only when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -113,6 +114,10 @@ def _refuse_empty_arguments() -> None:
 def main() -> None:
     """Entry point of ``flare-clef`` and ``python -m flare_clef``."""
     _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that has no such sign shows another; it ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Read when torch is loaded. A thread that waits by spinning takes the core from the one
     # waited for: with other work on the machine, small operations took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -124,6 +129,9 @@ def main() -> None:
     except UserError as error:
         print(f"flare-clef: {error}", file=sys.stderr)
         _leave(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except MemoryError:
+        print("flare-clef: out of memory; free some, or bring less at a time", file=sys.stderr)
+        _leave(EXIT_FAILED)
     except OSError as error:
         # What no module foresaw, such as a full disk behind stdout.
         where = f"{error.filename}: " if error.filename else ""

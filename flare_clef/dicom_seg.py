@@ -64,6 +64,10 @@ def segmentation_file(
     with warnings.catch_warnings():
         # About odd values in the source's own header, which are not ours to mend.
         warnings.simplefilter("ignore")
+        for one in slices:
+            # highdicom takes no character set of several values, nor an empty one.
+            one.decode()
+            one.SpecificCharacterSet = "ISO_IR 192"
         try:
             made = highdicom.seg.Segmentation(
                 source_images=slices,

@@ -147,8 +147,8 @@ def score_pair(
 
     try:
         reference = read_label_map(pair.reference)
-    except UserError as error:
-        note("unusable reference", f"{error}; case left out")
+    except (UserError, MemoryError) as error:
+        note("unusable reference", f"{_said(pair.reference, error)}; case left out")
         return {}, problems
     if reference.unknown:
         note("unknown labels", f"{pair.reference}: {reference.unknown}, counted as background")
@@ -163,6 +163,10 @@ def score_pair(
     return scores, problems
 
 
+def _said(path: Path, error: UserError | MemoryError) -> str:
+    return str(error) if isinstance(error, UserError) else f"{path}: too large for the memory"
+
+
 def _read_prediction(
     pair: Pair, reference: LabelMap, note: Callable[[str, str], None]
 ) -> LabelMap | None:
@@ -172,8 +176,8 @@ def _read_prediction(
         return None
     try:
         prediction = read_label_map(pair.prediction)
-    except UserError as error:
-        note("unusable prediction", f"{error}; counted as 0")
+    except (UserError, MemoryError) as error:
+        note("unusable prediction", f"{_said(pair.prediction, error)}; counted as 0")
         return None
     shape, expected = prediction.labels.shape[::-1], reference.labels.shape[::-1]
     if shape != expected:

@@ -52,20 +52,25 @@ def match_files(predictions: Path, references: Path) -> tuple[list[Pair], dict[s
     """
     if references.is_file() and predictions.is_file():
         return [Pair(case_name(references), references, predictions)], {}
-    referenced, predicted = files_by_case(references), files_by_case(predictions)
+    referenced, predicted = (
+        files_by_case(place, label_maps=True) for place in (references, predictions)
+    )
     pairs = [Pair(case, path, predicted.pop(case, None)) for case, path in referenced.items()]
     return pairs, predicted
 
 
 def case_name(path: Path) -> str:
-    """File name without its suffix and without ``_0000``."""
-    return strip_suffix(output_name(path))[0]
+    """File name without its suffix, without 3D Slicer's ``.seg`` and without ``_0000``."""
+    return strip_suffix(output_name(path))[0].removesuffix(".seg")
 
 
-def files_by_case(place: Path) -> dict[str, Path]:
-    """The volumes of a folder by :func:`case_name`, sorted; UserError where two share a name."""
+def files_by_case(place: Path, *, label_maps: bool = False) -> dict[str, Path]:
+    """The volumes of a folder by :func:`case_name`, sorted; UserError where two share a name.
+
+    ``label_maps``: a ``.seg.nrrd`` is one of them.
+    """
     paths: dict[str, Path] = {}
-    for path in find_inputs(place):
+    for path in find_inputs(place, segmentations=label_maps):
         other = paths.setdefault(case_name(path), path)
         if other is not path:
             raise UserError(

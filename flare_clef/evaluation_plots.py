@@ -14,9 +14,9 @@ import numpy as np
 
 from flare_clef.errors import UserError
 from flare_clef.evaluation import Evaluation
-from flare_clef.evaluation_inputs import LabelMap, Pair, read_label_map
+from flare_clef.evaluation_inputs import LabelMap, Pair, misplacement_mm, read_label_map
 from flare_clef.evaluation_summary import table
-from flare_clef.images import read_image
+from flare_clef.images import Image, read_image
 from flare_clef.metrics import OrganScore
 from flare_clef.organs import ORGAN_BY_NAME, Organ
 from flare_clef.paths import replacing
@@ -83,11 +83,12 @@ def draw_box_plots(evaluation: Evaluation, path: Path) -> None:
 
 def draw_case(
     pair: Pair, scores: Mapping[str, OrganScore], path: Path, scan: Path | None = None
-) -> None:
+) -> str:
     """Reference and prediction of a case beside each other (PNG), the organs scored only.
 
     The axial and the coronal slice shown are those with the most voxels that differ. ``scan``
-    lies below the colours. Raises UserError where a file cannot be read or the shapes differ.
+    lies below the colours; one that does not fit is left out, and what is returned says why.
+    Raises UserError where a file cannot be read or the shapes of the two label maps differ.
     """
     if pair.prediction is None:
         raise UserError(f"{pair.reference}: no picture, as there is no prediction")
@@ -99,7 +100,11 @@ def draw_case(
     truth, guess = (
         canonical_view(_only(volume, scores), axes, flips) for volume in (reference, prediction)
     )
-    grey = None if scan is None else canonical_view(_hu(scan, truth_of=reference), axes, flips)
+    grey, misfit = None, ""
+    if scan is not None:
+        image = read_image(scan)
+        misfit = _misfit(scan, image, reference)
+        grey = None if misfit else canonical_view(image.array, axes, flips)
 
     differs = truth != guess
     axial = int(differs.sum(axis=(1, 2)).argmax())
@@ -134,6 +139,7 @@ def draw_case(
     mean = np.mean([score.dsc for score in scores.values()])
     figure.suptitle(f"{pair.case}: mean DSC {mean:.3f}", fontsize=11, color=_INK, parse_math=False)
     _save(figure, path)
+    return misfit
 
 
 def _only(volume: LabelMap, scores: Mapping[str, OrganScore]) -> np.ndarray:
@@ -143,11 +149,14 @@ def _only(volume: LabelMap, scores: Mapping[str, OrganScore]) -> np.ndarray:
     return kept[volume.labels]
 
 
-def _hu(scan: Path, truth_of: LabelMap) -> np.ndarray:
-    array = read_image(scan).array
-    if array.shape != truth_of.labels.shape:
-        raise UserError(f"{scan}: no picture, as its shape is not that of {truth_of.path}")
-    return array
+def _misfit(path: Path, scan: Image, reference: LabelMap) -> str:
+    """Why the scan at ``path`` cannot lie below the labels of ``reference``; empty if it can."""
+    if scan.array.shape != reference.labels.shape:
+        return f"{path}: its shape is not that of {reference.path}"
+    apart_mm = misplacement_mm(scan, reference.image)
+    if not apart_mm <= 0.5 * min(scan.spacing_mm):
+        return f"{path}: its voxels lie up to {apart_mm:.3g} mm from those of {reference.path}"
+    return ""
 
 
 def _coloured(labels: np.ndarray) -> np.ndarray:

@@ -12,6 +12,9 @@ from flare_clef.organs import ORGANS
 from flare_clef.paths import check_name
 from flare_clef.scan_files import SUFFIXES, find_inputs, output_name, strip_suffix
 
+_FOREIGN = (".dcm", ".png", ".jpg", ".npy", ".npz", ".gz", ".zip", ".json", ".csv", ".txt", ".stl")
+"""Suffixes that a folder's name has by mistake alone."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -61,6 +64,16 @@ def plan_jobs(
         )
     if target.is_file() and not suffix:
         raise UserError(f"{target}: is a file of another kind; labels go to {' '.join(SUFFIXES)}")
+    if not suffix and not target.is_dir() and target.suffix.lower() in _FOREIGN:
+        hint = "; for DICOM add --format dicom-seg" if target.suffix.lower() == ".dcm" else ""
+        raise UserError(
+            f"{target}: labels are written as .nii.gz, .nii, .mha or .nrrd, or into a folder{hint}"
+        )
+    if not one and target.resolve() == source.resolve():
+        raise UserError(
+            f"{target}: the labels would lie among the scans, and the next run would take them "
+            "for scans; choose another folder"
+        )
     jobs = [Job(path, target if suffix else target / output_name(path, ending)) for path in inputs]
     _check_clashes(jobs, files_beside=files_beside, masks=masks)
     return jobs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _COLUMNS = (
     "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
     "largest_part_percent", "touches_edge", "confidence", "warnings",
 )  # fmt: skip
+_NAME = re.compile(r"measurements(\.\d+-of-\d+)?\.json")
 
 
 def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,10 +41,21 @@ def _plain(organ: OrganMeasurement) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(organ).items()}
 
 
+def _table(cases: Iterable[Mapping[str, Any]]) -> str:
+    """The text of the ``.csv``."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for one in cases:
+        writer.writerows(_row(one["case"], organ) for organ in one["organs"])
+    return text.getvalue()
+
+
 def _earlier(path: Path) -> list[dict[str, Any]]:
     """The cases of ``path`` whose labels have not been written anew since."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        _table(cases)  # fails for what is not of this module
         return [c for c in cases if isinstance(c["case"], str) and not _is_stale(c, path.parent)]
     except FileNotFoundError:
         return []
@@ -72,7 +85,11 @@ class MeasurementFiles:
         self._others: dict[str, dict[str, Any]] = {}
         if keep:
             self._cases = {case["case"]: case for case in _earlier(self.json)}
-            others = sorted(set(folder.glob("measurements*.json")) - {self.json})
+            others = sorted(
+                path
+                for path in folder.glob("measurements*.json")
+                if _NAME.fullmatch(path.name) and path != self.json
+            )
             self._others = {c["case"]: c for path in others for c in _earlier(path)}
 
     def __contains__(self, case: str) -> bool:
@@ -93,9 +110,4 @@ class MeasurementFiles:
     def _write(self) -> None:
         whole = {"flare_clef": __version__, "cases": list(self._cases.values())}
         write_bytes(self.json, json.dumps(whole, indent=1).encode())
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for one in self._cases.values():
-            writer.writerows(_row(one["case"], organ) for organ in one["organs"])
-        write_bytes(self.csv, text.getvalue().encode())
+        write_bytes(self.csv, _table(self._cases.values()).encode())

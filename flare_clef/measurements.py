@@ -184,7 +184,7 @@ def _case_warnings(
     found: Sequence[OrganMeasurement], centres: Mapping[str, np.ndarray]
 ) -> tuple[str, ...]:
     warnings = []
-    absent = [one.organ for one in found if one.volume_ml == 0]
+    absent = [one.organ for one in found if not one.parts]
     for name in absent:
         if name.endswith("kidney"):
             warnings.append(f"{name.replace('_', ' ')} missing: removed, outside, or overlooked")

@@ -1,13 +1,16 @@
 """The 13 organs of the FLARE22 challenge: index, names, scoring tolerance, colour.
 
-Ground floor of the package: imports nothing of it and nothing heavy.
+Ground floor of the package: imports nothing of it but the errors, and nothing heavy.
 Indices and NSD tolerances: FLARE22 evaluation script. Colours are ours, chosen so that
 neighbouring organs differ in hue and lightness.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from flare_clef.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,15 @@ ORGANS: tuple[Organ, ...] = (
 
 ORGAN_BY_NAME: dict[str, Organ] = {organ.name: organ for organ in ORGANS}
 ORGAN_BY_INDEX: dict[int, Organ] = {organ.index: organ for organ in ORGANS}
+
+
+def organ_indices(names: Sequence[str] | None) -> Collection[int] | None:
+    """Label values of the organs named; None means all. Raises UserError for unknown names."""
+    if names is None:
+        return None
+    listed = [names] if isinstance(names, str) else list(names)
+    unknown = [str(name) for name in listed if name not in ORGAN_BY_NAME]
+    if unknown or not listed:
+        known = ", ".join(organ.name for organ in ORGANS)
+        raise UsageError(f"organs: {', '.join(unknown) or 'none named'}; known are {known}")
+    return {ORGAN_BY_NAME[name].index for name in listed}

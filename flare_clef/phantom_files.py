@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,11 @@ from flare_clef.organs import ORGANS
 from flare_clef.orientation import reorient
 from flare_clef.phantom import Phantom, PhantomOptions
 from flare_clef.writing import write_bytes, write_labels, write_scan
+
+try:
+    import fcntl
+except ImportError:  # Windows: trust the user
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_phantom(
@@ -27,7 +35,29 @@ def write_phantom(
     )
     write_scan(scan, folder / "images" / f"{name}_0000.nii.gz")
     write_labels(labels.array, labels, folder / "labels" / f"{name}.nii.gz")
-    _list_case(folder / "cases.json", name, options)
+    with _alone_in(folder):
+        _list_case(folder / "cases.json", name, options)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process lists a case in ``folder``: one would undo the other's.
+
+    The folder itself is locked: the list is replaced, not written to, and nothing stays behind.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _list_case(path: Path, name: str, options: PhantomOptions) -> None:

@@ -95,13 +95,24 @@ def _slide(drawn: list[tuple[Panel, Any]], case: CaseMeasurement) -> Any:
     slide = Pillow.new("RGB", _SLIDE, (18, 20, 24))
     draw = ImageDraw.Draw(slide)
     low, high = WINDOW_HU
-    draw.text((_EDGE, 46), case.case, fill=_WHITE, font=_font(38), anchor="lm")
     about = f"window {low:.0f} to {high:.0f} HU    flare-clef {__version__}    {_NOTICE}"
     draw.text((_SLIDE[0] - _EDGE, 48), about, fill=_PALE, font=_font(20), anchor="rm")
+    room = _SLIDE[0] - 2 * _EDGE - _GAP - _font(20).getlength(about)
+    name = _shortened(case.case, _font(38), room)
+    draw.text((_EDGE, 46), name, fill=_WHITE, font=_font(38), anchor="lm")
     for number, (_, picture) in enumerate(drawn):
         slide.paste(picture, _corner(number))
     _table(draw, _corner(5), case)
     return slide
+
+
+def _shortened(text: str, font: Any, room: float) -> str:
+    """``text``, with its end left out where it is wider than ``room`` pixels."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text + "…"
 
 
 def _corner(number: int) -> tuple[int, int]:
@@ -123,7 +134,7 @@ def _table(draw: Any, corner: tuple[int, int], case: CaseMeasurement) -> None:
         draw.line((left, y - step / 2, right, y - step / 2), fill=(44, 48, 56))
         colour = ORGAN_BY_NAME[one.organ].colour
         draw.rounded_rectangle((left + 2, y - 8, left + 20, y + 8), 4, fill=colour)
-        ink = _WHITE if one.volume_ml else _PALE
+        ink = _WHITE if one.parts else _PALE
         title = ORGAN_BY_NAME[one.organ].title
         draw.text((left + 34, y), title, fill=ink, font=_font(20), anchor="lm")
         for text, x in zip((_volume(one), _mean(one), _sure(one)), columns, strict=True):
@@ -133,7 +144,7 @@ def _table(draw: Any, corner: tuple[int, int], case: CaseMeasurement) -> None:
 
 
 def _volume(one: OrganMeasurement) -> str:
-    if not one.volume_ml:
+    if not one.parts:
         return "not found"
     return f"{one.volume_ml:,.0f}" if one.volume_ml >= 100 else f"{one.volume_ml:.1f}"
 
@@ -228,7 +239,7 @@ def _row(one: OrganMeasurement) -> str:
     organ = ORGAN_BY_NAME[one.organ]
     swatch = f'<i style="background:rgb{organ.colour}"></i>'
     head = f"<th>{swatch}{organ.title}</th>"
-    if not one.volume_ml or one.box_mm is None:
+    if one.box_mm is None:
         return (
             f'<tr class="none">{head}<td>not found</td><td></td><td class="wide"></td>'
             '<td class="wide"></td><td class="wide"></td><td class="wide"></td><td></td></tr>'

@@ -105,14 +105,19 @@ def _best(count: np.ndarray) -> int:
 
 
 def _shown_box(case: Scene, counts: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Around the organs with a margin, no further than the body."""
+    """Around the organs with a margin, no further than the body; all of both where labels lie
+    outside the body, so that it is seen that they do."""
     body = body_box(case.hu) or tuple((0, n) for n in case.hu.shape)
     shown = []
     for axis, (low, high) in enumerate(body):
         where = np.flatnonzero(counts[axis].any(axis=1))
         if len(where):
-            margin = round(_MARGIN_MM[axis] / case.spacing_mm[axis])
-            low, high = max(low, int(where[0]) - margin), min(high, int(where[-1]) + 1 + margin)
+            first, end = int(where[0]), int(where[-1]) + 1
+            if first < low or end > high:
+                low, high = min(low, first), max(high, end)
+            else:
+                margin = round(_MARGIN_MM[axis] / case.spacing_mm[axis])
+                low, high = max(low, first - margin), min(high, end + margin)
         shown.append((low, high))
     return shown
 
@@ -165,7 +170,10 @@ def _coloured(
         inside = _resized(mask, (height, width))
         window = _window(inside > 0.01, max(blur) + 2 * _LINE_PIXELS)
         area = inside[window][None, None]
-        area = functional.avg_pool2d(area, blur, 1, [n // 2 for n in blur], count_include_pad=False)
+        # One axis after the other: a voxel of a tiny scan may be as large as the panel.
+        for widths in ((blur[0], 1), (1, blur[1])):
+            pad = [n // 2 for n in widths]
+            area = functional.avg_pool2d(area, widths, 1, pad, count_include_pad=False)
         # Lines lie inside their organ, so that neighbours' lines run side by side.
         # As steep as a pixel: an edge that is smooth to the eye.
         area = ((area - 0.5) * max(blur) + 0.5).clamp(0, 1)

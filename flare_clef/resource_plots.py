@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flare_clef.errors import UserError
-from flare_clef.paths import replacing
+from flare_clef.paths import printable, replacing
 from flare_clef.resource_summary import GPU_TOLERANCE_MB
 
 _MB_PER_GB = 1024
@@ -53,9 +53,8 @@ def draw_profile(profile: Mapping[str, Any], path: Path, title: str = "") -> Non
     panels[-1].set_xlim(0, max(profile["wall_s"], 1e-3))
     panels[-1].set_xlabel("time, s", fontsize=9)
     if title:
-        figure.suptitle(
-            _shortened(title), fontsize=10, x=0.01, ha="left", color=_INK, parse_math=False
-        )
+        shown = _shortened(printable(title))
+        figure.suptitle(shown, fontsize=10, x=0.01, ha="left", color=_INK, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 

@@ -31,8 +31,10 @@ def output_name(path: Path, suffix: str | None = None) -> str:
     return (stem.removesuffix(_CHANNEL) or stem) + (suffix or own or ".nii.gz")
 
 
-def find_inputs(path: Path) -> list[Path]:
+def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:
     """The scans that ``path`` stands for, by name: itself, or those in the folder.
+
+    Those of 3D Slicer (``.seg.nrrd``) are no scans; ``segmentations``: listed, too.
 
     A folder of one DICOM series is one scan, and so is a sub-folder of one; scans of other kinds
     beside the slices, or in sub-folders of theirs, come after it. Raises UserError.
@@ -49,7 +51,14 @@ def find_inputs(path: Path) -> list[Path]:
         # Thousands of scans need not be opened to see that they are no slices.
         others = any(not strip_suffix(e.name)[1] for e in entries)
         found = [path] if others and is_dicom_folder(path) else []
-        found += [e for e in entries if not e.name.startswith(".") and _is_scan(e)]
+        found += [
+            e
+            for e in entries
+            if not e.name.startswith(".")
+            and _is_scan(e)
+            # Of Slicer, or of ours, beside its scan.
+            and (segmentations or not e.name.lower().endswith(".seg.nrrd"))
+        ]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if found:
@@ -70,5 +79,4 @@ def _is_scan(entry: Path) -> bool:
         except OSError:
             # Listed, too; every disk has this one, and only its administrator may read it.
             return entry.name != "lost+found"
-    # A segmentation of 3D Slicer, or of ours, beside its scan.
-    return bool(strip_suffix(entry.name)[1]) and not entry.name.lower().endswith(".seg.nrrd")
+    return bool(strip_suffix(entry.name)[1])

@@ -6,7 +6,7 @@ Image --prepare--> volume 192^3 + Placement --network--> 13 logit maps --restore
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -25,7 +25,7 @@ from flare_clef.limits import (
     kept_memory_bytes,
     usable_cores,
 )
-from flare_clef.organs import ORGAN_BY_NAME, ORGANS
+from flare_clef.organs import organ_indices
 from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
 from flare_clef.restoration import mean_confidence, restore
@@ -263,15 +263,3 @@ class _Clock:
             stage, began = self._running
             self.seconds[stage] = round(time.perf_counter() - began, 3)
             self._running = None
-
-
-def organ_indices(names: Sequence[str] | None) -> Collection[int] | None:
-    """Label values of the organs named; None means all. Raises UserError for unknown names."""
-    if names is None:
-        return None
-    listed = [names] if isinstance(names, str) else list(names)
-    unknown = [str(name) for name in listed if name not in ORGAN_BY_NAME]
-    if unknown or not listed:
-        known = ", ".join(organ.name for organ in ORGANS)
-        raise UsageError(f"organs: {', '.join(unknown) or 'none named'}; known are {known}")
-    return {ORGAN_BY_NAME[name].index for name in listed}

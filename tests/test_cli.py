@@ -159,6 +159,37 @@ def test_readers_of_its_output_may_go_away(scans: Path, tmp_path: Path, tiny_wei
         assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_terminal_without_a_sign_for_it_shows_another(tmp_path: Path):
+    """Of a German Windows or an old server: it has no dash, which once ended an evaluation."""
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[2:6, 2:6, 2:6] = 1
+    for folder in ("ours", "theirs"):
+        write_scan(tmp_path / folder / "a.nii.gz", labels)
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = run("evaluate", tmp_path / "ours", tmp_path / "theirs", env=latin)
+    assert done.returncode == 0, done.stderr
+    assert "Liver" in done.stdout
+
+
+def test_too_little_memory_is_one_line():
+    script = """
+import flare_clef.cli as cli
+def app(): raise MemoryError
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "flare-clef: out of memory; free some, or bring less at a time\n"
+
+
+def test_an_unknown_organ_is_refused_when_all_is_done_already(scans: Path, tmp_path: Path):
+    for name in ("a.nii.gz", "b with space.mha"):
+        write_scan(tmp_path / "out" / name)
+    done = run("predict", scans, tmp_path / "out", "--skip-existing", "--organs", "livr")
+    assert done.returncode == 2 and "organs: livr; known are" in done.stderr
+
+
 def test_closed_streams_do_not_matter(scans: Path, tmp_path: Path, tiny_weights: Path):
     for number, closed in enumerate(("2>&-", ">&- 2>&-", "<&- >&-")):
         out = tmp_path / f"out{number}"

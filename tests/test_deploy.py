@@ -27,10 +27,15 @@ def run(command, environment):
     ).stdout.splitlines()
 
 
+def array_task(task, *, last, count):
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+    return dict(zip(names, map(str, (task, last, count)), strict=True))
+
+
 def test_slurm_tasks_take_each_share_once(fake_command):
     shares = set()
     for task in range(8):
-        slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "8"}
+        slurm = array_task(task, last=7, count=8)
         said = run(
             ["sh", str(DEPLOY / "slurm-array.sh"), "in put", "out"], {**fake_command, **slurm}
         )
@@ -38,9 +43,27 @@ def test_slurm_tasks_take_each_share_once(fake_command):
         shares.add(said[-1])
     assert shares == {f"{k}/8" for k in range(8)}
     # Two tasks of them once more.
-    slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "2"}
+    slurm = array_task(5, last=5, count=2)
     again = ["sh", str(DEPLOY / "slurm-array.sh"), "in put", "out", "8"]
     assert run(again, {**fake_command, **slurm})[-1] == "5/8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slurm", "words"),
+    [
+        (["in"], array_task(0, last=7, count=8), "INPUTS or OUTPUTS is missing"),
+        (["in", "out"], {}, "not a task of a Slurm array"),
+        (["in", "out"], array_task(1, last=8, count=8), "tasks do not count from 0"),
+        (["in", "out"], array_task(2, last=6, count=4), "tasks do not count from 0"),
+    ],
+    ids=["no OUTPUTS", "no sbatch", "1-8", "0-6:2"],
+)
+def test_a_wrong_use_of_slurm_is_one_line(fake_command, arguments, slurm, words):
+    command = ["sh", str(DEPLOY / "slurm-array.sh"), *arguments]
+    done = subprocess.run(command, env={**fake_command, **slurm}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and words in done.stderr
+    assert "sbatch --array=0-7 deploy/slurm-array.sh INPUTS OUTPUTS" in done.stderr
 
 
 def test_the_kubernetes_job_is_valid_by_the_schema_of_kubernetes():

@@ -121,6 +121,32 @@ def test_voxels_codes_and_source(series: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+        ("", "Phantom^P"),
+        ("ISO 2022 IR 6", "Phantom^P"),
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 192", "王^小明"),
+    ],
+)
+def test_patients_keep_their_names_in_any_character_set(
+    series: Path, tmp_path: Path, character_set: str | list[str], name: str
+):
+    import highdicom
+    from pydicom import dcmread
+
+    for path in series.iterdir():
+        one = dcmread(path)
+        one.SpecificCharacterSet, one.PatientName = character_set, name
+        one.save_as(tmp_path / path.name)
+    assert dcmread(tmp_path / path.name).PatientName == name
+    found = highdicom.seg.segread(io.BytesIO(segmentation_file(some_labels(), tmp_path)))
+    assert found.PatientName == name
+
+
 def test_some_organs_are_numbered_from_one(series: Path):
     import highdicom
 

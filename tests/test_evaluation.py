@@ -13,6 +13,7 @@ from conftest import body_hu, write_scan
 from scipy.stats import wilcoxon
 from typer.testing import CliRunner
 
+from flare_clef import evaluation
 from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.evaluation import CSV_COLUMNS, evaluate_files
@@ -252,6 +253,35 @@ def test_nothing_that_can_be_scored_is_an_error(tmp_path: Path):
     write(references / "case_0.nii.gz", label_map().astype(np.float32) + 0.5)
     with pytest.raises(UserError, match="none of 1 case"):
         evaluate_files(predictions, references)
+
+
+def test_segmentations_of_slicer_and_ours_are_label_maps(tmp_path: Path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    write(ours / "a.seg.nrrd", label_map(2))
+    write(ours / "b.nii.gz", label_map())
+    write(theirs / "a.nii.gz", label_map())
+    write(theirs / "b.seg.nrrd", label_map())
+    found = evaluate_files(ours, theirs)
+    assert found.cases == ["a", "b"] and not found.problems
+    assert summarise(found)["organs"]["liver"]["dsc"]["mean"] == pytest.approx((0.75 + 1) / 2)
+
+
+def test_what_does_not_fit_into_memory_is_a_problem_of_its_case(tmp_path: Path, monkeypatch):
+    predictions, references = folders(tmp_path, [0, 0])
+    read = evaluation.read_label_map
+
+    def with_little_memory(path: Path):
+        if path == predictions / "case_0.nii.gz":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(evaluation, "read_label_map", with_little_memory)
+    found = evaluate_files(predictions, references)
+    (problem,) = found.problems
+    assert (problem.case, problem.kind) == ("case_0", "unusable prediction")
+    assert "case_0.nii.gz: too large for the memory; counted as 0" in problem.text
 
 
 def test_two_files_are_a_pair_whatever_their_names(tmp_path: Path):

@@ -50,6 +50,12 @@ def test_output_of_another_kind_is_refused(folder: Path, tmp_path: Path):
     (tmp_path / "labels.txt").write_text("")
     with pytest.raises(UserError, match="file of another kind"):
         plan_jobs(folder / "c.mha", tmp_path / "labels.txt")
+    with pytest.raises(UserError, match=r"lab\.dcm: labels are written as .*--format dicom-seg"):
+        plan_jobs(folder / "c.mha", tmp_path / "lab.dcm")
+    with pytest.raises(UserError, match=r"out\.png: labels are written as .* or into a folder$"):
+        plan_jobs(folder / "c.mha", tmp_path / "out.png")
+    dotted = tmp_path / "results.v2"
+    assert plan_jobs(folder / "c.mha", dotted)[0].target == dotted / "c.mha"
 
 
 def test_same_output_twice_is_refused(folder: Path, tmp_path: Path):
@@ -59,8 +65,12 @@ def test_same_output_twice_is_refused(folder: Path, tmp_path: Path):
 
 
 def test_overwriting_an_input_is_refused(folder: Path):
-    with pytest.raises(UserError, match="would overwrite this input"):
+    (folder / "b.nii.gz").unlink()
+    (folder / "c.mha").unlink()
+    # Once it would go well: the labels of a_0000 are a new file.
+    with pytest.raises(UserError, match="the labels would lie among the scans"):
         plan_jobs(folder, folder)
+    write_scan(folder / "b.nii.gz")
     with pytest.raises(UserError, match="would overwrite this input"):
         plan_jobs(folder / "b.nii.gz", folder / "b.nii.gz")
 

@@ -54,6 +54,29 @@ def test_files_keep_what_an_earlier_run_wrote(tmp_path):
         MeasurementFiles(tmp_path, keep=True)
 
 
+def test_files_of_others_are_left_alone_or_told(tmp_path):
+    MeasurementFiles(tmp_path).add(case("a", {LIVER}), {})
+    ours = (tmp_path / "measurements.json").read_text()
+    for name in ("measurements_old.json", "measurements.0-of-2.json.json", "measurements2.json"):
+        (tmp_path / name).write_text(ours.replace('"a"', '"old"'))
+    (tmp_path / "measurements_profile.json").write_text('{"wall_s": 2}')
+    files = MeasurementFiles(tmp_path, keep=True)
+    assert "a" in files and "old" not in files
+    for text in (
+        "[]",
+        '{"cases": [{"case": "b"}]}',
+        '{"cases": [{"case": "b", "organs": [{"dsc": 0.9}]}]}',
+        '{"cases": [{"case": "b", "organs": ["liver"]}]}',
+        '{"cases": {"b": {}}}',
+        ours.replace("volume_ml", "volume_l"),
+    ):
+        for name in ("measurements.1-of-2.json", "measurements.json"):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(UserError, match=f"{name}: not readable as earlier measurements"):
+                MeasurementFiles(tmp_path, keep=True)
+            (tmp_path / name).write_text(ours)
+
+
 def test_shards_write_files_of_their_own_and_a_later_run_gathers_them(tmp_path):
     for number, name in enumerate("ab"):
         part = MeasurementFiles(tmp_path, part=f"{number}/2", keep=True)

@@ -88,6 +88,14 @@ def test_large_organ_is_hinted_at_and_a_cut_small_one_is_not():
     assert organ(case, "left_kidney").warnings == ()
 
 
+def test_an_organ_of_less_than_half_a_microlitre_is_not_missing():
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[2, 2, 1], labels[2, 2, 4] = RIGHT, LEFT
+    image = image_from_array(np.zeros(labels.shape, np.int16), (0.5, 0.5, 0.5))
+    case = measure("a", labels, image, organs={RIGHT, LEFT})
+    assert organ(case, "left_kidney").parts == 1 and case.warnings == ()
+
+
 def test_values_that_are_not_finite_are_left_out():
     labels = np.full((3, 3, 3), LIVER, np.uint8)
     hu = np.full((3, 3, 3), 50, np.float32)

@@ -6,6 +6,8 @@ import json
 import resource
 import subprocess
 import sys
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +16,13 @@ import pytest
 import SimpleITK as sitk
 from typer.testing import CliRunner
 
+from flare_clef import phantom_files
 from flare_clef.cli import app
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.phantom import Phantom, PhantomOptions, make_phantom
+from flare_clef.phantom_files import write_phantom
 from flare_clef.phantom_shapes import ellipsoid, inside, outside, tube, within
+from flare_clef.writing import write_bytes
 
 # Background, then organs 1 to 13; labels come from sums, products and roots alone.
 PINNED_COARSE = [999446, 29962, 4580, 3083, 1714, 2059, 2077, 116, 148, 458, 418, 11651, 2107, 3521]
@@ -123,6 +128,28 @@ def test_files_fit_together(tmp_path: Path) -> None:
     liver = np.argwhere(straight == 1).mean(0)
     spleen = np.argwhere(straight == 3).mean(0)
     assert liver[2] + 10 < spleen[2]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_runs_at_once_list_all_their_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits between reading the list and writing it, so that without a lock one is left."""
+
+    def slowly(path: Path, content: bytes) -> None:
+        time.sleep(0.2)
+        write_bytes(path, content)
+
+    monkeypatch.setattr(phantom_files, "write_bytes", slowly)
+    options = PhantomOptions(pixel_mm=9, slice_thickness_mm=20)
+    made, names = make_phantom(options), [f"p{k}" for k in range(4)]
+    runs = [
+        threading.Thread(target=write_phantom, args=(made, options, tmp_path, name, "LPS"))
+        for name in names
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert sorted(json.loads((tmp_path / "cases.json").read_text())) == names
     assert not list(tmp_path.rglob(".*"))
 
 

@@ -131,6 +131,40 @@ def test_the_slides_font_has_every_character_drawn(tmp_path: Path, monkeypatch):
     assert "-" in drawn and [c for c in drawn if bytes(font.getmask(c)) == missing] == []
 
 
+def test_long_names_end_before_the_notice(tmp_path: Path, monkeypatch):
+    from PIL import ImageDraw
+
+    boxes: dict[str, tuple[float, ...]] = {}
+    plain = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, *arguments, **options):
+        boxes[text] = self.textbbox(xy, text, font=options["font"], anchor=options.get("anchor"))
+        return plain(self, xy, text, *arguments, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    hu, labels = body()
+    image = image_from_array(hu, SPACING)
+    for name in ("short", "case_" + 20 * "0123456789_"):
+        boxes.clear()
+        write_report(tmp_path / "a", labels, image, measure(name, labels, image), Path("a.nii.gz"))
+        (notice,) = (box for shown, box in boxes.items() if "not for diagnosis" in shown)
+        ((title, box),) = ((t, b) for t, b in boxes.items() if t[:4] == name[:4])
+        assert title == name or (title[-1] == "…" and name.startswith(title[:-1]))
+        assert box[2] < notice[0]
+        assert (title == name) == (name == "short")
+    assert notice[0] - box[2] < 60  # no more left out than must be
+
+
+def test_an_organ_of_one_tiny_voxel_is_found(tmp_path: Path):
+    hu, labels = np.full((5, 5, 5), 40, np.int16), np.zeros((5, 5, 5), np.uint8)
+    labels[2, 2, 2] = LIVER.index
+    image = image_from_array(hu, (0.5, 0.5, 0.5))
+    case = measure("a", labels, image, organs={LIVER.index})
+    page, _ = write_report(tmp_path / "a", labels, image, case, Path("a.nii.gz"))
+    text = page.read_text(encoding="utf-8")
+    assert "not found" not in text and "<td>0.0</td><td>40 ± 0</td>" in text
+
+
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path):
     hu, labels = body()
     image = image_from_array(hu, SPACING)

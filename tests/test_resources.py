@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from flare_clef import gpu_meter, process_tree
 from flare_clef.commands import profile as profile_command
@@ -559,6 +560,45 @@ def test_without_matplotlib_the_figures_are_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.csv", "profile.json"]
     assert 'no picture: matplotlib is missing, pip install "flare-clef[measure]"' in (
         capsys.readouterr().err
+    )
+
+
+def test_an_argument_that_is_not_utf8_gets_a_picture(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    done = run_profile(tmp_path, sys.executable, "-c", "import sys; sys.exit(7)", name)
+    assert done.returncode == 7
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_fails_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no such glyph\nmore")
+
+    monkeypatch.setattr("flare_clef.resource_plots.draw_profile", fails)
+    for code, expected in ((7, 7), (0, 1)):
+        program = f"import sys; sys.exit({code})"
+        with pytest.raises(typer.Exit) as end:
+            profile_command.profile([sys.executable, "-c", program], tmp_path, 0.1)
+        assert end.value.exit_code == expected
+        assert "profile.png: cannot be drawn (no such glyph); the" in capfd.readouterr().err
+        assert json.loads((tmp_path / "profile.json").read_text())["exit_code"] == code
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="Windows has no SIGCHLD")
+def test_exit_code_where_the_caller_ignores_its_children(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flare_clef", "profile", "--output", str(tmp_path), "--"]
+    done = subprocess.run(
+        [*command, "sh", "-c", "exit 7"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    )
+    assert (done.returncode, json.loads((tmp_path / "profile.json").read_text())["exit_code"]) == (
+        7,
+        7,
     )
 
 

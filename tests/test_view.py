@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import body_hu, write_scan
 from typer.testing import CliRunner
 
@@ -47,6 +48,34 @@ def test_slices_count_from_the_feet_whatever_the_storage():
     found = view(turned, labels[::-1], "axial", None)
     assert (upright.slice, found.slice, found.slices) == (3, 3, 20)
     assert np.array_equal(upright.panel.rgb, found.panel.rgb)
+
+
+def test_labels_outside_the_body_are_shown_beside_it():
+    hu, labels = np.full((6, 40, 100), -1000, np.int16), np.zeros((6, 40, 100), np.uint8)
+    hu[:, 10:30, 50:90] = 40
+    labels[2:4, 15:25, 5:15] = 1
+    image = image_from_array(hu, (1.0, 1.0, 1.0))
+    for plane in ("axial", "coronal"):
+        rgb = view(image, labels, plane, None).panel.rgb.astype(int)
+        coloured = np.ptp(rgb, axis=2) > 60
+        grey = (np.ptp(rgb, axis=2) < 5) & (rgb[..., 0] > 100)
+        # 10 columns of label, 35 of air, 40 of body: 85 on 600 pixels.
+        assert np.ptp(np.flatnonzero(coloured.any(axis=0))) == pytest.approx(10 / 85 * 600, abs=12)
+        assert np.ptp(np.flatnonzero(grey.any(axis=0))) == pytest.approx(40 / 85 * 600, abs=12)
+
+
+def test_a_scan_of_few_voxels_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch):
+    """A voxel as large as the panel: a blur over 461 x 461 pixels would take most of a minute."""
+    plain, kernels = torch.nn.functional.avg_pool2d, []
+
+    def pooled(values, kernel, *arguments, **options):
+        kernels.append(kernel)
+        return plain(values, kernel, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "avg_pool2d", pooled)
+    image = image_from_array(np.full((1, 1, 1), 40, np.int16), (1.0, 1.0, 1.0))
+    view(image, np.ones((1, 1, 1), np.uint8), "axial", None)
+    assert kernels == [(461, 1), (1, 461)]
 
 
 def test_mistakes(tmp_path: Path):

@@ -85,10 +85,15 @@ def evaluate(
     Example: flare-clef evaluate results labels --output scores --plots
     """
     _check_options(rules, output, pictures=plots or images is not None)
-    from flare_clef.evaluation import write_csv, write_text
+    from flare_clef.evaluation import write_csv
+    from flare_clef.evaluation_inputs import files_by_case, match_files
     from flare_clef.evaluation_summary import compare as compare_with
     from flare_clef.evaluation_summary import summarise
 
+    # What is not there is told before hours of scoring.
+    scans = {} if images is None else files_by_case(images)
+    if compare is not None:
+        match_files(compare, references)
     asked = None if organs is None else [name.strip() for name in organs.split(",")]
 
     def score(folder: Path) -> Evaluation:
@@ -96,23 +101,32 @@ def evaluate(
 
     result = score(predictions)
     summary = summarise(result)
+    if output is not None:
+        # Before anything is printed: that may fail, too.
+        write_csv(result, output / "cases.csv")
+        _write_summary(summary, output)
     _print_table(summary)
     _print_worst(summary)
     failed = _print_problems(result)
     if compare is not None:
         other = score(compare)
         summary["comparison"] = {"other": str(compare), **compare_with(result, other)}
+        if output is not None:
+            _write_summary(summary, output)
         _print_comparison(summary["comparison"])
         failed |= _print_problems(other, f"in {compare}: ")
-    if output is not None:
-        import json
-
-        write_csv(result, output / "cases.csv")
-        write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-        if plots or images is not None:
-            failed |= _draw(result, summary, output, images)
+    if output is not None and (plots or images is not None):
+        failed |= _draw(result, summary, output, images, scans)
     if failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _write_summary(summary: dict[str, Any], folder: Path) -> None:
+    import json
+
+    from flare_clef.evaluation import write_text
+
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def _check_options(rules: str, output: Path | None, *, pictures: bool) -> None:
@@ -232,15 +246,17 @@ def _print_problems(evaluation: Evaluation, where: str = "") -> bool:
 
 
 def _draw(
-    evaluation: Evaluation, summary: dict[str, Any], folder: Path, images: Path | None
+    evaluation: Evaluation,
+    summary: dict[str, Any],
+    folder: Path,
+    images: Path | None,
+    scans: dict[str, Path],
 ) -> bool:
     """Writes the pictures; whether one of them failed, which a line on stderr then says."""
-    from flare_clef.evaluation_inputs import files_by_case
     from flare_clef.evaluation_plots import draw_box_plots, draw_case
 
     failed = False
     draw_box_plots(evaluation, folder / "boxes.png")
-    scans = {} if images is None else files_by_case(images)
     pairs = {pair.case: pair for pair in evaluation.pairs}
     for rank, worst in enumerate(summary["worst_cases"], start=1):
         case = worst["case"]
@@ -248,7 +264,10 @@ def _draw(
         if images is not None and case not in scans:
             typer.echo(f"flare-clef: {images}: no scan of {case}; drawn without it", err=True)
         try:
-            draw_case(pairs[case], scores, folder / f"worst_{rank}_{case}.png", scans.get(case))
+            picture = folder / f"worst_{rank}_{case}.png"
+            misfit = draw_case(pairs[case], scores, picture, scans.get(case))
+            if misfit:
+                typer.echo(f"flare-clef: {misfit}; drawn without it", err=True)
         except UserError as error:
             typer.echo(f"flare-clef: {error}", err=True)
             failed = True

@@ -153,11 +153,13 @@ def predict(
     from flare_clef import batch
     from flare_clef.jobs import is_there, plan_jobs
     from flare_clef.jobs import shard as take_shard
+    from flare_clef.organs import organ_indices
     from flare_clef.paths import check_writable
     from flare_clef.progress import Progress
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
+    wanted = organ_indices(names)
     beside = {"report": report, "split": split, "probabilities": probabilities}
     files_beside = measurements or any(beside.values())
     jobs = plan_jobs(input, output, form, files_beside=files_beside, masks=split)
@@ -199,9 +201,8 @@ def predict(
         # The first scan is read while torch is still being imported.
         reader = batch.Reader(todo)
         from flare_clef.extras import Extras
-        from flare_clef.segmenter import Segmenter, organ_indices
+        from flare_clef.segmenter import Segmenter
 
-        wanted = organ_indices(names)
         extras = Extras(
             organs=wanted,
             largest=postprocess == "largest",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flare_clef.errors import EXIT_FAILED, UserError
+from flare_clef.errors import EXIT_FAILED, UserError, one_line
 from flare_clef.paths import check_writable
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def profile(
 
     check_writable(output)
     profiler = ResourceProfiler(interval_s)
+    if hasattr(signal, "SIGCHLD"):
+        # Where the caller ignores it, the kernel throws exit codes away.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         child = subprocess.Popen(command)
     except OSError as error:
@@ -125,7 +128,15 @@ def _write(profiler: ResourceProfiler, command: list[str], code: int, folder: Pa
     if importlib.util.find_spec("matplotlib") is None:
         written += '; no picture: matplotlib is missing, pip install "flare-clef[measure]"'
     else:
-        draw_profile(profiler.result(), folder / "profile.png", title=shlex.join(command))
+        picture = folder / "profile.png"
+        try:
+            draw_profile(profiler.result(), picture, title=shlex.join(command))
+        except UserError:
+            raise
+        except Exception as error:  # of matplotlib: the command's exit code matters more
+            raise UserError(
+                f"{picture}: cannot be drawn ({one_line(error)}); the figures are in profile.json"
+            ) from None
         written += ", profile.png"
     print(f"  {folder}: {written}", file=sys.stderr)
 

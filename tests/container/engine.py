@@ -39,12 +39,13 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
     return docker("run", "--rm", "--network", "none", *arguments, **options)  # type: ignore[arg-type]
 
 
-def build(revision: str) -> None:
-    """Builds ``IMAGE`` from the checkout; says what failed."""
-    given = [f"--build-arg={name}" for name in ("BASE_IMAGE", "BUILD_IMAGE") if name in os.environ]
+def build(revision: str, tag: str = IMAGE, *settings: str) -> None:
+    """Builds ``tag`` from the checkout, with further build arguments; says what failed."""
+    given = [f"--build-arg={setting}" for setting in settings]
+    given += [f"--build-arg={name}" for name in ("BASE_IMAGE", "BUILD_IMAGE") if name in os.environ]
     if "ENGINE_NETWORK" in os.environ:
         given += ["--network", os.environ["ENGINE_NETWORK"]]
     done = docker(
-        "build", *given, "--build-arg", f"REVISION={revision}", "-t", IMAGE, ROOT, timeout_s=1800
+        "build", *given, "--build-arg", f"REVISION={revision}", "-t", tag, ROOT, timeout_s=1800
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -329,6 +329,20 @@ def test_no_outputs_mount_writes_beside_the_scans(scans: Path, small: tuple[str,
     assert names(scans / "outputs") == ["a.nii.gz", "c.mha"]
 
 
+def test_an_image_for_a_harness_whose_results_are_roots(
+    scans: Path, tmp_path: Path, small: tuple[str, str], revision: str
+):
+    build(revision, "clef:root", "RUN_AS=0:0")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o755)
+    (scans / "bad_0000.nii.gz").unlink()
+    done = run(*mounts(scans, locked), *small, "clef:root", *HARNESS)
+    assert done.returncode == 0, done.stderr
+    assert names(locked) == ["a.nii.gz", "c.mha"]
+    ask("rmi", "clef:root")
+
+
 def test_nowhere_to_write_is_said_before_computing(scans: Path, outputs: Path, tmp_path: Path):
     """One line, exit 1, nothing read or computed; the line names the reason and the remedy."""
     locked = tmp_path / "locked"
