@@ -95,6 +95,7 @@ def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, 
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{number + 1}",
             "0020|0013": str(99 - number), "0020|0032": f"0\\{z * tilt}\\{z}",
             "0020|0037": "1\\0\\0\\0\\1\\0", "0028|1053": "1", "0028|1052": "-1024",
+            "0020|0052": f"{uid}.0", "0018|0050": "3",
         }.items():  # fmt: skip
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{uid}-{number}.dcm"))
