@@ -94,7 +94,7 @@ def test_shards_cover_everything_once(scans: Path, tmp_path: Path, tiny_weights:
         (("predict", "in", "out", "--profile", "in"), "--profile takes the name of a file", 1),
         (("predict", "in", "in/b with space.mha/out"), "cannot be written (Not a directory)", 1),
         (("predict", "in", "out", "--weights", "none.safetensors"), "no such weights file", 1),
-        (("predict", "in", "in"), "would overwrite this input", 1),
+        (("predict", "in", "in"), "the labels would lie among the scans", 1),
         (("predict", "in"), "Missing argument", 2),
         (("segment",), "No such command", 2),
     ],

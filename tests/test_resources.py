@@ -593,7 +593,7 @@ def test_exit_code_where_the_caller_ignores_its_children(tmp_path: Path) -> None
     done = subprocess.run(
         [*command, "sh", "-c", "exit 7"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
     )
     assert (done.returncode, json.loads((tmp_path / "profile.json").read_text())["exit_code"]) == (
