@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from flare_clef.organs import ORGANS
+from flare_clef.training.case_files import link_volume
 from flare_clef.training.cases import read_labels
 from flare_clef.training.datasets import read_dataset
-from flare_clef.training.propagated_files import link_volume
 from flare_clef.writing import write_labels
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "experiment.toml"

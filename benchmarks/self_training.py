@@ -33,10 +33,10 @@ from flare_clef.metrics import dice_per_organ
 from flare_clef.organs import ORGANS
 from flare_clef.preparation import prepare
 from flare_clef.restoration import restore
+from flare_clef.training.case_files import link_volume
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.propagated_files import link_volume
 from flare_clef.training.resampling import resample
 from flare_clef.weights import load_weights
 from flare_clef.writing import write_labels

@@ -118,15 +118,22 @@ def read_labels_of(scan: Image, path: Path) -> np.ndarray:
             f"{path}: {found.labels.shape} voxels (z, y, x), {name} has {scan.array.shape}; labels "
             "of another scan?"
         )
-    apart_mm = misplacement_mm(found.image, scan)
-    if not apart_mm <= 0.5 * min(scan.spacing_mm):
-        raise UserError(
-            f"{path}: its voxels lie up to {apart_mm:.3g} mm from those of {name}; labels of "
-            "another scan?"
-        )
+    if apart := misplacement(found.image, scan, name):
+        raise UserError(f"{path}: {apart}; labels of another scan?")
     if found.unknown:
         raise UserError(f"{path}: {found.unknown}; is it a label map of these organs?")
     return found.labels
+
+
+def misplacement(image: Image, scan: Image, name: Path | str) -> str:
+    """In words, where a voxel of ``image`` lies half a voxel or more off the one of ``scan``.
+
+    Empty where none does. Both have the same shape; ``name`` is the scan's.
+    """
+    apart_mm = misplacement_mm(image, scan)
+    if apart_mm <= 0.5 * min(scan.spacing_mm):
+        return ""
+    return f"its voxels lie up to {apart_mm:.3g} mm from those of {name}"
 
 
 def misplacement_mm(image: Image, other: Image) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from flare_clef.errors import UserError
 from flare_clef.evaluation import Evaluation
-from flare_clef.evaluation_inputs import LabelMap, Pair, misplacement_mm, read_label_map
+from flare_clef.evaluation_inputs import LabelMap, Pair, misplacement, read_label_map
 from flare_clef.evaluation_summary import table
 from flare_clef.images import Image, read_image
 from flare_clef.metrics import OrganScore
@@ -153,10 +153,8 @@ def _misfit(path: Path, scan: Image, reference: LabelMap) -> str:
     """Why the scan at ``path`` cannot lie below the labels of ``reference``; empty if it can."""
     if scan.array.shape != reference.labels.shape:
         return f"{path}: its shape is not that of {reference.path}"
-    apart_mm = misplacement_mm(scan, reference.image)
-    if not apart_mm <= 0.5 * min(scan.spacing_mm):
-        return f"{path}: its voxels lie up to {apart_mm:.3g} mm from those of {reference.path}"
-    return ""
+    apart = misplacement(scan, reference.image, reference.path)
+    return f"{path}: {apart}" if apart else ""
 
 
 def _coloured(labels: np.ndarray) -> np.ndarray:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flare_clef.errors import UserError
 from flare_clef.images import image_from_array
+from flare_clef.locks import take_lock
 from flare_clef.organs import ORGANS
 from flare_clef.orientation import reorient
 from flare_clef.phantom import Phantom, PhantomOptions
 from flare_clef.writing import write_bytes, write_labels, write_scan
-
-try:
-    import fcntl
-except ImportError:  # Windows: trust the user
-    fcntl = None  # type: ignore[assignment]
 
 
 def write_phantom(
@@ -45,16 +41,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
     The folder itself is locked: the list is replaced, not written to, and nothing stays behind.
     """
-    if fcntl is None:
-        yield
-        return
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from None
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        take_lock(opened, wait=True)
         yield
     finally:
         os.close(opened)

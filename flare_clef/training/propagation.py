@@ -18,6 +18,7 @@ from flare_clef.organs import Organ
 from flare_clef.scan_files import strip_suffix
 from flare_clef.training.atlas_store import load_maps
 from flare_clef.training.atlas_votes import Surroundings, Votes
+from flare_clef.training.case_files import remove_others
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.fusion import calibrate
 from flare_clef.training.neighbourhood import Learnt
@@ -25,7 +26,6 @@ from flare_clef.training.propagated_files import (
     Propagated,
     Vote,
     check_output,
-    remove_others,
     write_case,
     write_records,
 )

@@ -7,37 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flare_clef.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: trust the user
-    fcntl = None  # type: ignore[assignment]
+from flare_clef.locks import take_lock
 
 FILE_NAME = ".lock"
 
 
 @contextmanager
 def only_training_in(run: Path) -> Iterator[None]:
-    """Holds ``run`` while the block runs; the system lets go if the process is killed.
+    """Holds ``run`` while the block runs.
 
-    Raises UserError where another process holds it.
+    Raises UserError where another process holds it or it cannot be written to.
     """
-    if fcntl is None:
-        yield
-        return
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / FILE_NAME).open("a")
     except OSError as error:
         raise UserError(f"{run}: cannot be written to ({error.strerror})") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file.fileno(), wait=False):
             raise UserError(
                 f"{run}: another training works in this folder; wait for it, stop it, or name "
                 "another folder with --output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield

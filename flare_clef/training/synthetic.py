@@ -9,7 +9,7 @@ from pathlib import Path
 from flare_clef.images import image_from_array
 from flare_clef.organs import ORGANS
 from flare_clef.phantom import PhantomOptions, make_phantom
-from flare_clef.training.propagated_files import remove_others
+from flare_clef.training.case_files import remove_others
 from flare_clef.writing import write_bytes, write_labels, write_scan
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,19 +269,24 @@ def test_a_folder_of_other_pairs_is_refused(run, tmp_path: Path) -> None:  # typ
     refused("own")
 
 
+BendOne = Callable[[Path, Case, Path], tuple[float, float]]
+
+
 @pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test puts in the place of the work is not seen by other processes."""
-    monkeypatch.setattr(
-        bent_sets, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers)
-    )
+def bending_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[BendOne], None]:
+    """Puts something in the place of the work; in threads, as other processes would not see it."""
+
+    def put(bend_one: BendOne) -> None:
+        monkeypatch.setattr(bent_sets, "bend_one", bend_one)
+        monkeypatch.setattr(
+            bent_sets, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers)
+        )
+
+    return put
 
 
 def test_what_was_broken_off_goes_on(
-    run,  # type: ignore[no-untyped-def]
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_threads: None,
+    run, tmp_path: Path, bending_is: Callable[[BendOne], None]
 ) -> None:
     folder, _, _ = run
     cases, out, bent_now = read_dataset(folder / "cases").cases, tmp_path / "out", []
@@ -298,7 +304,7 @@ def test_what_was_broken_off_goes_on(
     def stop(name: str, before: float, after: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bent_sets, "bend_one", bend_one)
+    bending_is(bend_one)
     with pytest.raises(KeyboardInterrupt):
         bend_all(folder / "maps", cases, out, count=4, on_done=stop)
     (first,) = json.loads((out / "cases.json").read_text())
@@ -316,10 +322,7 @@ def test_what_was_broken_off_goes_on(
 
 
 def test_whatever_goes_wrong_with_a_pair_is_its_line(
-    run,  # type: ignore[no-untyped-def]
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_threads: None,
+    run, tmp_path: Path, bending_is: Callable[[BendOne], None]
 ) -> None:
     folder, _, _ = run
     said = (
@@ -332,7 +335,7 @@ def test_whatever_goes_wrong_with_a_pair_is_its_line(
             raise error
         return 0.5, 0.6
 
-    monkeypatch.setattr(bent_sets, "bend_one", bend_one)
+    bending_is(bend_one)
     cases = read_dataset(folder / "cases").cases
     result = bend_all(folder / "maps", cases, tmp_path / "out", count=4)
     assert list(result.cases) == ["p_as_odd", "q_as_m3"]
