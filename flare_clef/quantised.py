@@ -252,8 +252,10 @@ def joined(
 ) -> Tensor:
     """Channels of ``skip``, then of ``coarse`` with every voxel doubled along z, y and x.
 
-    ``skip`` begins ``first`` slices after the doubled map; slices of zeros lie ``beyond`` it, so
-    many below and above. All of uint8, channels innermost and multiples of 16. Written once, in
+    ``skip`` is (1, own, z, y, x), ``coarse`` (1, channels, n, y / 2, x / 2), the result (1, own +
+    channels, below + z + above, y, x): ``skip`` begins ``first`` slices after the doubled map, and
+    ``beyond`` it lie (below, above) slices of zeros. All of uint8, channels innermost in memory
+    and multiples of 16. Written once, in
     place: a map that is doubled, cut and joined in turn moves through memory three times.
     """
     own, channels = skip.shape[1] // CHANNELS, coarse.shape[1] // CHANNELS
