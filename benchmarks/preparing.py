@@ -67,7 +67,7 @@ def report_parts(case: Case) -> None:
     read_scan = time.perf_counter()
     labels = read_labels(case)
     read_map = time.perf_counter()
-    prepared = prepare(image.array, image.direction)
+    prepared = prepare(image.array, image.direction, spacing_mm=image.spacing_mm)
     assert prepared is not None, "no body in this scan"
     resized = time.perf_counter()
     place_labels(labels.array, prepared[1])

@@ -58,7 +58,7 @@ def main() -> None:
         logits = functional.interpolate(coarse, size=placement.grid, mode="trilinear")[0]
     else:
         image = read_image(scan)
-        prepared = prepare(image.array, image.direction)
+        prepared = prepare(image.array, image.direction, spacing_mm=image.spacing_mm)
         assert prepared is not None, "no body in this scan"
         volume, placement = prepared
         logits = FoldedNetwork(load_weights().network(), torch.device("cpu"), "fp32")(volume)

@@ -10,19 +10,22 @@ relabelling of axes that commutes with steps 1 to 3, so it is done first, as a v
 costs nothing: a scan stored in any of the 48 orientations then runs through the very same
 arithmetic, and its 48 results are equal to the last bit.
 
-One departure: a scan that shows a short piece of the body is not stretched to the whole grid, see
-:func:`with_air`.
+Two departures: in-plane the box holds the trunk alone, not the table below it, see
+:func:`without_table`; and a scan that shows a short piece of the body is not stretched to the
+whole grid, see :func:`with_air`.
 
 Training and inference both call :func:`prepare`, so that the two cannot drift apart.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import torch
+
+from flare_clef.torso import Box, cells_of, steps_of, trunk_in_plane
 
 BODY_THRESHOLD_HU = -500
 WINDOW_HU = (-200.0, 300.0)
@@ -37,8 +40,6 @@ MOST_STRETCH = 4
 
 # Slices resized at a time: bounds the memory above the scan itself to a few tens of MB.
 _CHUNK_SLICES = 16
-
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,24 @@ class Placement:
 
         ``spacing_mm`` is the scan's, (x, y, z) as SimpleITK gives it.
         """
-        stored = spacing_mm[::-1]
+        scan = self.canonical_spacing_mm(spacing_mm)[::-1]
         return tuple(
-            stored[axis] * extent / cells
-            for axis, extent, cells in zip(self.axes, self.box_shape, self.grid, strict=True)
+            mm * extent / cells
+            for mm, extent, cells in zip(scan, self.box_shape, self.grid, strict=True)
         )  # type: ignore[return-value]
+
+    def canonical_spacing_mm(
+        self, spacing_mm: tuple[float, float, float]
+    ) -> tuple[float, float, float]:
+        """The scan's ``spacing_mm`` (x, y, z as stored) in the order of canonical x, y, z."""
+        z, y, x = (spacing_mm[::-1][axis] for axis in self.axes)
+        return x, y, z
+
+    def of_slices(self, part: slice, inner: Placement) -> Placement:
+        """``inner``, of the canonical slices ``part`` taken as a scan, as one of the whole scan."""
+        (start, stop), *sides = inner.box
+        box = ((start + part.start, stop + part.start), *sides)
+        return replace(self, box=box, grid=inner.grid)  # type: ignore[arg-type]
 
 
 def canonical_axes(
@@ -140,6 +154,23 @@ def body_box(array: np.ndarray) -> Box | None:
         where = np.flatnonzero(hit)
         box[axis] = (int(where[0]), int(where[-1]) + 1)
     return tuple(box)  # type: ignore[return-value]
+
+
+def without_table(view: np.ndarray, box: Box, voxel_mm: tuple[float, float, float]) -> Box:
+    """``box`` (canonical, voxels) in-plane no larger than the trunk in it, see ``torso.py``.
+
+    ``view``: the scan in canonical axes, HU; ``voxel_mm``: size of its voxels, (z, y, x).
+    """
+    cells, steps = cells_of(box, voxel_mm), steps_of(voxel_mm)
+    samples = view[tuple(slice(*side, step) for side, step in zip(box, steps, strict=True))]
+    trunk = trunk_in_plane(resize(samples, cells))
+    if trunk is None:
+        return box
+    sides = []
+    for (start, stop), (first, last), count in zip(box[1:], trunk, cells[1:], strict=True):
+        extent = stop - start
+        sides.append((start + first * extent // count, start + -(-last * extent // count)))
+    return (box[0], *sides)  # type: ignore[return-value]
 
 
 def with_air(box: Box, slice_mm: float) -> Box:
@@ -211,8 +242,9 @@ def prepare(
     """The network's input for a scan, and where it lies (section 2.1, steps 1 to 6).
 
     ``array`` holds HU, (z, y, x) as stored; ``direction`` as in :func:`canonical_axes`.
-    ``spacing_mm`` (x, y, z as SimpleITK gives it) tells short scans, see :func:`with_air`;
-    without it the body box is taken as it is.
+    ``spacing_mm`` (x, y, z as SimpleITK gives it) tells the trunk from the table, see
+    :func:`without_table`, and short scans, see :func:`with_air`; without it the body box is taken
+    as it is.
     Returns a float32 tensor of shape ``grid`` in canonical (z, y, x) with values in (-1, 1),
     and its placement; None if the scan holds no voxel above -500 HU.
     """
@@ -222,7 +254,8 @@ def prepare(
     if box is None:
         return None
     if spacing_mm is not None:
-        box = with_air(box, spacing_mm[::-1][axes[0]])
+        z_mm, y_mm, x_mm = (spacing_mm[::-1][axis] for axis in axes)
+        box = with_air(without_table(view, box, (z_mm, y_mm, x_mm)), z_mm)
     placement = place(array.shape, direction, box, grid)  # type: ignore[arg-type]
     inside = placement.box_in_scan
     body = view[tuple(slice(*bounds) for bounds in inside)]

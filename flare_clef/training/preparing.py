@@ -43,7 +43,7 @@ from flare_clef.training.cases import (
 from flare_clef.training.checking import problems_of, warnings_of
 from flare_clef.training.doubt import with_doubt
 
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 _CHECKSUMS = "checksums.json"
 _MEMORY_PER_WORKER = 2 << 30
 """What a scan of 512 x 512 x 600 needs on its way into the store, with room to spare."""
