@@ -1,13 +1,15 @@
 """The way of the data, from scan to labels: read this file to know the tool.
 
 Image --prepare--> volume 192^3 + Placement --network--> 13 logit maps --restore--> labels
+
+A scan of more than 600 mm goes this way twice: whole, and the slices about its abdomen alone.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from flare_clef.errors import UsageError, UserError
-from flare_clef.images import Image, image_from_array, image_from_sitk, read_image
+from flare_clef.images import IDENTITY, Image, image_from_array, image_from_sitk, read_image
 from flare_clef.inference import FoldedNetwork
 from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
 from flare_clef.limits import (
@@ -28,15 +30,15 @@ from flare_clef.limits import (
 from flare_clef.organs import organ_indices
 from flare_clef.precision import INT8, choose_device, choose_precision
 from flare_clef.preparation import Placement, prepare
-from flare_clef.restoration import mean_confidence, restore
+from flare_clef.restoration import mean_confidence, restore, winners_of
+from flare_clef.second_look import drop_outside, slices_to_look_at
+from flare_clef.stage_clock import Clock
 from flare_clef.stray_parts import drop_stray_parts
 from flare_clef.weights import load_weights
 from flare_clef.writing import labels_to_sitk
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
-
-IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 # Beside what the network holds on a GPU: CUDA's own (not measured by us yet) and the weights.
 _GPU_OWN_BYTES = 600 * 2**20
@@ -60,7 +62,8 @@ class Segmentation:
     logits: torch.Tensor | None = field(default=None, repr=False)
     """(13, z, y, x) on ``placement.grid``, on request; −10 where an organ lost a stray part."""
     placement: Placement | None = None
-    """Where the grid lies in the scan; None where no body was found."""
+    """Where the grid lies in the scan; None where no body was found. That of the second look where
+    there were two (:mod:`flare_clef.second_look`), as logits and confidence are."""
 
 
 class Segmenter:
@@ -186,36 +189,29 @@ class Segmenter:
         take meanwhile; the network leaves it to them where it can do without.
         """
         wanted = organ_indices(organs)
-        clock = _Clock(on_stage)
+        clock = Clock(on_stage)
         limit = self._limit_for(image, beside_bytes)
 
-        clock.begin("prepare")
-        prepared = prepare(image.array, image.direction, self.grid, spacing_mm=image.spacing_mm)
-        if prepared is None:
-            clock.end()
+        network = partial(self._network, memory_limit_bytes=limit)
+        found = label_scan(
+            network, image, self.grid, wanted, keep_strays=self.keep_strays, clock=clock
+        )
+        clock.end()
+        if found is None:
             return Segmentation(
                 np.zeros(image.array.shape, np.uint8), image.warnings, clock.seconds
             )
-        volume, placement = prepared
-
-        clock.begin("network")
-        logits = self._network(volume, memory_limit_bytes=limit)
-
-        clock.begin("restore")
-        winners = None if self.keep_strays else drop_stray_parts(logits)
-        labels = restore(logits, placement, wanted, winners)
-        clock.end()
 
         warnings = image.warnings
-        if not labels.any():
+        if not found.labels.any():
             warnings += ("no organ was found; the label map is empty",)
         return Segmentation(
-            labels,
+            found.labels,
             warnings,
             clock.seconds,
-            mean_confidence(logits) if with_confidence else None,
-            logits if with_logits else None,
-            placement,
+            mean_confidence(found.logits) if with_confidence else None,
+            found.logits if with_logits else None,
+            found.placement,
         )
 
     def _limit_for(self, image: Image, beside_bytes: int) -> int:
@@ -244,22 +240,66 @@ class Segmenter:
         return left
 
 
-class _Clock:
-    """Seconds from one stage to the next."""
+@dataclass(frozen=True)
+class Look:
+    """What a network finds in a scan, or in some of its slices."""
 
-    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._on_stage = on_stage
-        self._running: tuple[str, float] | None = None
+    labels: np.ndarray
+    logits: torch.Tensor
+    winners: torch.Tensor
+    """The label at each node of the grid, (z, y, x), uint8."""
+    placement: Placement
 
-    def begin(self, stage: str) -> None:
-        self.end()
-        self._running = (stage, time.perf_counter())
-        if self._on_stage is not None:
-            self._on_stage(stage)
 
-    def end(self) -> None:
-        if self._running is not None:
-            stage, began = self._running
-            self.seconds[stage] = round(time.perf_counter() - began, 3)
-            self._running = None
+def label_scan(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    image: Image,
+    grid: int,
+    organs: Collection[int] | None = None,
+    *,
+    keep_strays: bool = False,
+    clock: Clock | None = None,
+) -> Look | None:
+    """All stages; of a long scan the abdomen a second time. None where no body is found.
+
+    ``network``: volume (z, y, x) to logits (13, z, y, x), with ``grid`` nodes along each axis.
+    """
+    clock = clock or Clock()
+    look = partial(_look, network, organs, keep_strays, clock)
+    clock.begin("prepare")
+    prepared = prepare(image.array, image.direction, grid, spacing_mm=image.spacing_mm)
+    if prepared is None:
+        return None
+    found = look(*prepared)
+
+    part = slices_to_look_at(found.winners, found.placement, image.spacing_mm)
+    if part is None:
+        return found
+    clock.begin("prepare")
+    labels, placement = found.labels, found.placement
+    slices = placement.canonical_view(image.array)[part]
+    spacing_mm = placement.canonical_spacing_mm(image.spacing_mm)
+    prepared = prepare(slices, IDENTITY, grid, spacing_mm=spacing_mm)
+    if prepared is None:
+        return found
+    del found  # its maps, before there are others
+    abdomen = look(*prepared)
+    drop_outside(placement.canonical_view(labels), part)
+    placement.canonical_view(labels)[part] = abdomen.labels
+    return replace(abdomen, labels=labels, placement=placement.of_slices(part, abdomen.placement))
+
+
+def _look(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    organs: Collection[int] | None,
+    keep_strays: bool,
+    clock: Clock,
+    volume: torch.Tensor,
+    placement: Placement,
+) -> Look:
+    clock.begin("network")
+    logits = network(volume)
+
+    clock.begin("restore")
+    winners = winners_of(logits.permute(1, 2, 3, 0)) if keep_strays else drop_stray_parts(logits)
+    return Look(restore(logits, placement, organs, winners), logits, winners, placement)

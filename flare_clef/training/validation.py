@@ -12,9 +12,7 @@ from flare_clef.inference import FoldedNetwork
 from flare_clef.metrics import dice_per_organ
 from flare_clef.network import SegmentationNetwork
 from flare_clef.organs import ORGANS
-from flare_clef.preparation import prepare
-from flare_clef.restoration import restore
-from flare_clef.stray_parts import drop_stray_parts
+from flare_clef.segmenter import label_scan
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 
@@ -29,7 +27,7 @@ def validate(
     precision: str,
     on_case: Callable[[Case, np.ndarray, np.ndarray, dict[str, float]], None] | None = None,
 ) -> DiceTable:
-    """Prepare, network, restore and compare, exactly as ``predict`` does.
+    """Labels as ``predict`` makes them, compared with the true ones.
 
     ``on_case`` is given each case, its predicted and its true labels, and its scores.
     """
@@ -39,13 +37,10 @@ def validate(
     table: DiceTable = {}
     for case in cases:
         image, reference = read_image(case.image), read_labels(case)
-        prepared = prepare(image.array, image.direction, grid, spacing_mm=image.spacing_mm)
-        if prepared is None:
+        found = label_scan(folded, image, grid)
+        if found is None:
             continue
-        volume, placement = prepared
-        logits = folded(volume)
-        winners = drop_stray_parts(logits)
-        labels = restore(logits, placement, winners=winners)
+        labels = found.labels
         labels[reference.array == UNDECIDED] = 0
         scores = dice_per_organ(labels, reference.array, case.organs)
         table[case.name] = {name: round(value, 4) for name, value in scores.items()}
