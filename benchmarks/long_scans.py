@@ -18,9 +18,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from measuring import in_canonical_axes
 
-from flare_clef import Segmenter, preparation, segmenter
-from flare_clef.images import IDENTITY, Image, read_image
+from flare_clef import Segmenter, segmenter
+from flare_clef.images import Image, read_image
 from flare_clef.limits import usable_cores
 from flare_clef.metrics import dice_per_organ
 from flare_clef.organs import ORGANS
@@ -38,18 +39,15 @@ def to_and_fro(block: np.ndarray, count: int) -> np.ndarray:
 
 def lengthened(scan: Image, truth: np.ndarray, length_mm: float) -> tuple[Image, np.ndarray]:
     """``scan`` and ``truth`` in canonical axes, with slices below and above."""
-    axes, flips = preparation.canonical_axes(scan.direction)
-    hu = preparation.canonical_view(scan.array, axes, flips)
-    truth = preparation.canonical_view(truth, axes, flips)
-    z_mm, y_mm, x_mm = (scan.spacing_mm[::-1][axis] for axis in axes)
+    scan, truth = in_canonical_axes(scan, truth)
+    hu, (_, _, z_mm) = scan.array, scan.spacing_mm
     missing = max(0, round(length_mm / z_mm) - len(hu))
     below = round(missing * SHARE_BELOW)
     low = to_and_fro(hu[: round(BELOW_MM / z_mm)], below)[::-1]
     high = to_and_fro(hu[-round(ABOVE_MM / z_mm) :][::-1], missing - below)
     longer = np.concatenate([low, hu, high])
     truth = np.pad(truth, ((below, missing - below), (0, 0), (0, 0)))
-    geometry = {"spacing_mm": (x_mm, y_mm, z_mm), "direction": IDENTITY}
-    return replace(scan, array=longer, nifti_header=None, **geometry), truth  # type: ignore[arg-type]
+    return replace(scan, array=longer), truth
 
 
 def main() -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+
+from flare_clef import preparation
+from flare_clef.images import IDENTITY, Image
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,17 @@ def scan_of(slices: int, path: Path, template: Path | None = None) -> Path:
     out.SetSpacing(spacing)
     sitk.WriteImage(out, str(path), True, 1)
     return path
+
+
+def in_canonical_axes(scan: Image, labels: np.ndarray) -> tuple[Image, np.ndarray]:
+    """``scan`` and its ``labels`` stored so that their axes are the canonical (z, y, x)."""
+    axes, flips = preparation.canonical_axes(scan.direction)
+    z_mm, y_mm, x_mm = preparation.canonical_voxel_mm(scan.spacing_mm, axes)
+    turned = replace(
+        scan,
+        array=preparation.canonical_view(scan.array, axes, flips),
+        spacing_mm=(x_mm, y_mm, z_mm),
+        direction=IDENTITY,
+        nifti_header=None,
+    )
+    return turned, preparation.canonical_view(labels, axes, flips)

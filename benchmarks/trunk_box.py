@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from measuring import in_canonical_axes
 
 from flare_clef import Segmenter, preparation
 from flare_clef.images import Image, read_image
@@ -31,20 +32,15 @@ from flare_clef.training.datasets import read_dataset
 NAMES = [organ.name for organ in ORGANS]
 
 
-IDENTITY = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
-
-
 def on_a_table(scan: Image, truth: np.ndarray, below_mm: float) -> tuple[Image, np.ndarray]:
     """``scan`` and ``truth`` in canonical axes, with air and a table below and at the sides."""
-    axes, flips = preparation.canonical_axes(scan.direction)
-    hu = preparation.canonical_view(scan.array, axes, flips)
-    mm = [scan.spacing_mm[::-1][axis] for axis in axes]
-    side, below = round(below_mm / 2 / mm[2]), round(below_mm / mm[1])
+    scan, truth = in_canonical_axes(scan, truth)
+    x_mm, y_mm, _ = scan.spacing_mm
+    side, below = round(below_mm / 2 / x_mm), round(below_mm / y_mm)
     around = ((0, 0), (0, below), (side, side))
-    hu = np.pad(hu, around, constant_values=-1000)
-    hu[:, -max(1, round(4 / mm[1])) :] = 300
-    truth = np.pad(preparation.canonical_view(truth, axes, flips), around)
-    return replace(scan, array=hu, spacing_mm=tuple(mm[::-1]), direction=IDENTITY), truth  # type: ignore[arg-type]
+    hu = np.pad(scan.array, around, constant_values=-1000)
+    hu[:, -max(1, round(4 / y_mm)) :] = 300
+    return replace(scan, array=hu), np.pad(truth, around)
 
 
 def paper_box(view, box, voxel_mm):  # type: ignore[no-untyped-def]

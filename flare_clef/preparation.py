@@ -80,21 +80,18 @@ class Placement:
 
         ``spacing_mm`` is the scan's, (x, y, z) as SimpleITK gives it.
         """
-        scan = self.canonical_spacing_mm(spacing_mm)[::-1]
+        voxel_mm = canonical_voxel_mm(spacing_mm, self.axes)
         return tuple(
             mm * extent / cells
-            for mm, extent, cells in zip(scan, self.box_shape, self.grid, strict=True)
+            for mm, extent, cells in zip(voxel_mm, self.box_shape, self.grid, strict=True)
         )  # type: ignore[return-value]
 
-    def canonical_spacing_mm(
-        self, spacing_mm: tuple[float, float, float]
-    ) -> tuple[float, float, float]:
-        """The scan's ``spacing_mm`` (x, y, z as stored) in the order of canonical x, y, z."""
-        z, y, x = (spacing_mm[::-1][axis] for axis in self.axes)
-        return x, y, z
-
     def of_slices(self, part: slice, inner: Placement) -> Placement:
-        """``inner``, of the canonical slices ``part`` taken as a scan, as one of the whole scan."""
+        """Where ``inner`` lies in the whole scan, whose placement this is.
+
+        ``part``: the slices along the canonical z axis, in voxels, that ``inner`` is the placement
+        of, taken in canonical axes as a scan of their own.
+        """
         (start, stop), *sides = inner.box
         box = ((start + part.start, stop + part.start), *sides)
         return replace(self, box=box, grid=inner.grid)  # type: ignore[arg-type]
@@ -117,6 +114,18 @@ def canonical_axes(
     axes = tuple(2 - best[2 - a] for a in range(3))
     flips = tuple(bool(cosines[2 - a, best[2 - a]] < 0) for a in range(3))
     return axes, flips  # type: ignore[return-value]
+
+
+def canonical_voxel_mm(
+    spacing_mm: tuple[float, float, float], axes: tuple[int, int, int]
+) -> tuple[float, float, float]:
+    """Size in mm of a voxel of the scan along canonical (z, y, x).
+
+    ``spacing_mm`` is (x, y, z) as stored, as SimpleITK gives it; ``axes`` as in
+    :func:`canonical_axes`.
+    """
+    z, y, x = (spacing_mm[::-1][axis] for axis in axes)
+    return z, y, x
 
 
 def canonical_view(
@@ -159,7 +168,8 @@ def body_box(array: np.ndarray) -> Box | None:
 def without_table(view: np.ndarray, box: Box, voxel_mm: tuple[float, float, float]) -> Box:
     """``box`` (canonical, voxels) in-plane no larger than the trunk in it, see ``torso.py``.
 
-    ``view``: the scan in canonical axes, HU; ``voxel_mm``: size of its voxels, (z, y, x).
+    ``view``: the scan in canonical axes, HU; ``voxel_mm``: size of its voxels, (z, y, x). The box
+    as it is where no trunk stands out. No part of the paper's section 2.1.
     """
     cells, steps = cells_of(box, voxel_mm), steps_of(voxel_mm)
     samples = view[tuple(slice(*side, step) for side, step in zip(box, steps, strict=True))]
@@ -254,8 +264,8 @@ def prepare(
     if box is None:
         return None
     if spacing_mm is not None:
-        z_mm, y_mm, x_mm = (spacing_mm[::-1][axis] for axis in axes)
-        box = with_air(without_table(view, box, (z_mm, y_mm, x_mm)), z_mm)
+        voxel_mm = canonical_voxel_mm(spacing_mm, axes)
+        box = with_air(without_table(view, box, voxel_mm), voxel_mm[0])
     placement = place(array.shape, direction, box, grid)  # type: ignore[arg-type]
     inside = placement.box_in_scan
     body = view[tuple(slice(*bounds) for bounds in inside)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flare_clef.label_parts import connected_parts, masks_in_boxes
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.preparation import Placement
+from flare_clef.preparation import Placement, canonical_voxel_mm
 
 LONG_MM = 600.0
 """A body longer than this, from feet to head, is looked at twice; few of the training's are."""
@@ -39,8 +39,8 @@ def slices_to_look_at(
     ``spacing_mm``: the scan's, (x, y, z) as SimpleITK gives it.
     """
     bottom, top = placement.box_in_scan[0]
-    voxel_mm = spacing_mm[::-1][placement.axes[0]]
-    if (top - bottom) * voxel_mm <= LONG_MM:
+    slice_mm, _, _ = canonical_voxel_mm(spacing_mm, placement.axes)
+    if (top - bottom) * slice_mm <= LONG_MM:
         return None
     cell_mm = placement.grid_spacing_mm(spacing_mm)
     ends_mm = [
@@ -52,8 +52,8 @@ def slices_to_look_at(
     low_mm = min(low for low, _ in ends_mm) - BORDER_MM
     high_mm = max(high for _, high in ends_mm) + BORDER_MM
     missing_mm = max(0.0, SHORTEST_VIEW_MM - (high_mm - low_mm)) / 2
-    start = bottom + math.floor((low_mm - missing_mm) / voxel_mm)
-    stop = bottom + math.ceil((high_mm + missing_mm) / voxel_mm)
+    start = bottom + math.floor((low_mm - missing_mm) / slice_mm)
+    stop = bottom + math.ceil((high_mm + missing_mm) / slice_mm)
     part = slice(max(bottom, start), min(top, stop))
     return part if part.stop - part.start <= _LARGEST_SHARE * (top - bottom) else None
 
@@ -61,7 +61,8 @@ def slices_to_look_at(
 def drop_outside(labels: np.ndarray, part: slice) -> None:
     """Makes background of all but ``REACHING_OUT`` in the slices outside ``part``, in place.
 
-    ``labels``: (z, y, x), canonical. A liver that lies 60 mm from all main parts is none.
+    ``labels``: (z, y, x), uint8, the scan's in canonical axes; ``part``: slices along z, in
+    voxels. A liver that lies 60 mm from all main parts is none.
     """
     kept = np.zeros(256, dtype=np.uint8)
     for name in REACHING_OUT:
@@ -71,7 +72,10 @@ def drop_outside(labels: np.ndarray, part: slice) -> None:
 
 
 def _main_parts(labels: np.ndarray, cell_ml: float) -> list[tuple[int, int]]:
-    """(first slice, last + 1) of the largest part of each anchor that is no speck."""
+    """(first slice, last + 1) of the largest part of each anchor that is no speck.
+
+    ``labels``: (z, y, x), uint8, on the grid; ``cell_ml``: volume of one of its nodes.
+    """
     ends = []
     anchors = [ORGAN_BY_NAME[name].index for name in ANCHORS]
     for _, box, mask in masks_in_boxes(labels, anchors):

@@ -29,7 +29,7 @@ from flare_clef.limits import (
 )
 from flare_clef.organs import organ_indices
 from flare_clef.precision import INT8, choose_device, choose_precision
-from flare_clef.preparation import Placement, prepare
+from flare_clef.preparation import Placement, canonical_voxel_mm, prepare
 from flare_clef.restoration import mean_confidence, restore, winners_of
 from flare_clef.second_look import drop_outside, slices_to_look_at
 from flare_clef.stage_clock import Clock
@@ -245,10 +245,13 @@ class Look:
     """What a network finds in a scan, or in some of its slices."""
 
     labels: np.ndarray
+    """uint8, (z, y, x) as stored, of the scan's shape."""
     logits: torch.Tensor
+    """(13, z, y, x) on ``placement.grid``, canonical axes, the network's precision."""
     winners: torch.Tensor
     """The label at each node of the grid, (z, y, x), uint8."""
     placement: Placement
+    """Where the grid lies in the scan."""
 
 
 def label_scan(
@@ -262,7 +265,9 @@ def label_scan(
 ) -> Look | None:
     """All stages; of a long scan the abdomen a second time. None where no body is found.
 
-    ``network``: volume (z, y, x) to logits (13, z, y, x), with ``grid`` nodes along each axis.
+    ``network``: volume (z, y, x) to logits (13, z, y, x), with ``grid`` nodes along each axis;
+    ``organs``: only these label values are given. After a second look logits, winners and placement
+    are its own, the labels those of the whole scan.
     """
     clock = clock or Clock()
     look = partial(_look, network, organs, keep_strays, clock)
@@ -278,8 +283,8 @@ def label_scan(
     clock.begin("prepare")
     labels, placement = found.labels, found.placement
     slices = placement.canonical_view(image.array)[part]
-    spacing_mm = placement.canonical_spacing_mm(image.spacing_mm)
-    prepared = prepare(slices, IDENTITY, grid, spacing_mm=spacing_mm)
+    z_mm, y_mm, x_mm = canonical_voxel_mm(image.spacing_mm, placement.axes)
+    prepared = prepare(slices, IDENTITY, grid, spacing_mm=(x_mm, y_mm, z_mm))
     if prepared is None:
         return found
     del found  # its maps, before there are others
@@ -297,6 +302,7 @@ def _look(
     volume: torch.Tensor,
     placement: Placement,
 ) -> Look:
+    """Network and restoration of one prepared ``volume``."""
     clock.begin("network")
     logits = network(volume)
 

@@ -22,12 +22,12 @@ _OPENING_CELLS = 5
 _SMALLEST_SHARE = 0.5
 """Of all tissue so thick: where no part has as much, none is the trunk."""
 
-
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""(start, stop) along canonical z, y and x, in voxels."""
 
 
 def cells_of(box: Box, voxel_mm: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Cells along each axis of ``box``, in voxels of that size; no more of them than voxels."""
+    """Cells along (z, y, x) of ``box``, in voxels of that size; no more of them than voxels."""
     sizes = [stop - start for start, stop in box]
     z, y, x = (
         min(n, max(1, round(n * mm / CELL_MM))) for n, mm in zip(sizes, voxel_mm, strict=True)
@@ -36,7 +36,7 @@ def cells_of(box: Box, voxel_mm: tuple[float, float, float]) -> tuple[int, int, 
 
 
 def steps_of(voxel_mm: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Every so manyth voxel along each axis will do: some two samples a cell."""
+    """Every so manyth voxel along (z, y, x) will do: some two samples a cell."""
     z, y, x = (max(1, round(CELL_MM / (2 * mm))) for mm in voxel_mm)
     return z, y, x
 
@@ -57,7 +57,7 @@ def trunk_in_plane(coarse_hu: Tensor) -> tuple[tuple[int, int], tuple[int, int]]
 
 
 def _opened(mask: Tensor) -> np.ndarray:
-    """``mask`` without what a square of ``_OPENING_CELLS`` does not fit into, slice by slice.
+    """``mask`` (z, y, x) without what a square of ``_OPENING_CELLS`` does not fit into, by slice.
 
     What lies beyond the box counts as whatever keeps the mask: a trunk that it cuts stays.
     """

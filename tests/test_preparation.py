@@ -41,6 +41,15 @@ def stored_as(array, axes, flips):
     return np.ascontiguousarray(np.transpose(flipped, np.argsort(axes)))
 
 
+def stored_every_way(hu, spacing_mm):
+    """``hu`` in all 48 orientations: array, spacing (x, y, z), direction, axes and flips of each.
+
+    ``spacing_mm``: of canonical x, y and z."""
+    for axes, flips, direction in all_48():
+        sizes = np.array(spacing_mm[::-1])[np.argsort(axes)][::-1]
+        yield stored_as(hu, axes, flips), tuple(sizes.tolist()), direction, axes, flips
+
+
 def test_48_orientations_give_bit_identical_volumes():
     hu = body_hu()
     expected, _ = prepare(hu, IDENTITY, 32)
@@ -164,11 +173,8 @@ def test_48_orientations_of_a_short_scan_are_bit_identical():
     hu = body_hu((14, 24, 26))
     expected, _ = prepare(hu, IDENTITY, 32, spacing_mm=(1.0, 1.0, 3.0))
     assert not torch.equal(expected, prepare(hu, IDENTITY, 32)[0])
-    for axes, flips, direction in all_48():
-        sizes = [1.0, 1.0, 1.0]
-        sizes[2 - axes[0]] = 3.0
-        stored = stored_as(hu, axes, flips)
-        volume, placement = prepare(stored, direction, 32, spacing_mm=tuple(sizes))
+    for stored, spacing_mm, direction, *_ in stored_every_way(hu, (1.0, 1.0, 3.0)):
+        volume, placement = prepare(stored, direction, 32, spacing_mm=spacing_mm)
         assert torch.equal(volume, expected)
         labels = restore(volume.expand(13, -1, -1, -1), placement)
         assert labels.shape == stored.shape

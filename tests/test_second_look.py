@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import body_hu
-from test_preparation import all_48, stored_as
+from test_preparation import IDENTITY, stored_as, stored_every_way
 
 from flare_clef import Segmenter
 from flare_clef.images import image_from_array
@@ -17,7 +17,6 @@ from flare_clef.preparation import place
 from flare_clef.probabilities import grid_affine
 from flare_clef.second_look import drop_outside, slices_to_look_at
 
-IDENTITY = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
 REACHING_OUT = (5, 6, 10, 11, 12)
 """Aorta, vena cava, esophagus, stomach and duodenum."""
 LIVER, SPLEEN, AORTA = (ORGAN_BY_NAME[name].index for name in ("liver", "spleen", "aorta"))
@@ -169,13 +168,10 @@ def test_strays_kept(tiny_weights, middle_again):
 
 
 def test_48_orientations_of_a_long_scan(segmenter, middle_again):
-    hu, (x_mm, y_mm, z_mm) = long_scan()
-    expected = segmenter.segment(image_from_array(hu, (x_mm, y_mm, z_mm))).labels
-    for axes, flips, direction in list(all_48())[::7]:
-        sizes = [x_mm] * 3
-        sizes[2 - axes[0]] = z_mm
-        stored = image_from_array(stored_as(hu, axes, flips), tuple(sizes), direction=direction)
-        found = segmenter.segment(stored)
+    hu, spacing_mm = long_scan()
+    expected = segmenter.segment(image_from_array(hu, spacing_mm)).labels
+    for stored, sizes, direction, axes, flips in list(stored_every_way(hu, spacing_mm))[::7]:
+        found = segmenter.segment(image_from_array(stored, sizes, direction=direction))
         assert np.array_equal(found.labels, stored_as(expected, axes, flips))
         assert found.placement.box[0] == (20, 45)
 

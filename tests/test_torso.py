@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_preparation import IDENTITY, all_48, stored_as
+from test_preparation import IDENTITY, stored_every_way
 
 from flare_clef.preparation import body_box, prepare, without_table
 from flare_clef.restoration import restore
@@ -53,7 +53,7 @@ def test_a_table_that_touches_the_back():
     assert 6 <= x[0] <= 12 and 109 <= x[1] <= 115
 
 
-def test_without_a_table_a_cell_of_air_is_cut_at_most():
+def test_without_a_table_the_box_is_the_bodys():
     hu = trunk_hu()
     assert box_of(hu) == body_box(hu) == ((0, 20), (10, 81), (10, 111))
 
@@ -156,11 +156,8 @@ def test_prepare_sees_the_same_with_and_without_a_table():
 def test_48_orientations_with_a_table_are_bit_identical():
     hu = with_table(trunk_hu())
     expected, _ = prepare(hu, IDENTITY, 32, spacing_mm=(2.0, 2.0, 5.0))
-    for axes, flips, direction in all_48():
-        sizes = [2.0, 2.0, 2.0]
-        sizes[2 - axes[0]] = 5.0
-        stored = stored_as(hu, axes, flips)
-        volume, placement = prepare(stored, direction, 32, spacing_mm=tuple(sizes))
+    for stored, spacing_mm, direction, *_ in stored_every_way(hu, (2.0, 2.0, 5.0)):
+        volume, placement = prepare(stored, direction, 32, spacing_mm=spacing_mm)
         assert torch.equal(volume, expected)
         labels = restore(volume.expand(13, -1, -1, -1), placement)
         assert labels.shape == stored.shape
