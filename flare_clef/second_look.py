@@ -52,9 +52,11 @@ def slices_to_look_at(
     low_mm = min(low for low, _ in ends_mm) - BORDER_MM
     high_mm = max(high for _, high in ends_mm) + BORDER_MM
     missing_mm = max(0.0, SHORTEST_VIEW_MM - (high_mm - low_mm)) / 2
-    start = bottom + math.floor((low_mm - missing_mm) / slice_mm)
-    stop = bottom + math.ceil((high_mm + missing_mm) / slice_mm)
-    part = slice(max(bottom, start), min(top, stop))
+    start = max(bottom, bottom + math.floor((low_mm - missing_mm) / slice_mm))
+    stop = min(top, bottom + math.ceil((high_mm + missing_mm) / slice_mm))
+    # What an end of the body cuts off is shown at the other end instead.
+    shortest = math.ceil(SHORTEST_VIEW_MM / slice_mm)
+    part = slice(max(bottom, min(start, stop - shortest)), min(top, max(stop, start + shortest)))
     return part if part.stop - part.start <= _LARGEST_SHARE * (top - bottom) else None
 
 

@@ -59,9 +59,15 @@ def test_the_box_may_begin_within_the_scan():
     assert (part.start, part.stop) == (7 + 28, 7 + 140)
 
 
-def test_no_further_than_the_body():
+def test_no_further_than_the_body_and_400_mm_at_least():
+    """The liver at 0 to 200 mm, or at 800 to 1,000."""
     part = slices_to_look_at(winners_with((LIVER, 0, 10)), placed(start=7), SPACING)
-    assert (part.start, part.stop) == (7, 7 + 60)
+    assert (part.start, part.stop) == (7, 7 + 80)
+    part = slices_to_look_at(winners_with((LIVER, 40, 50)), placed(start=7), SPACING)
+    assert (part.start, part.stop) == (7 + 120, 7 + 200)
+    # Longer than that: only cut off.
+    part = slices_to_look_at(winners_with((LIVER, 0, 25)), placed(start=7), SPACING)
+    assert (part.start, part.stop) == (7, 7 + 112)
 
 
 def test_main_parts_of_what_lies_in_the_abdomen_alone():
