@@ -63,10 +63,26 @@ def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if found:
         return found
+    deeper = [entry for entry in entries if _holds_scans(entry)]
+    if deeper:
+        raise UserError(
+            f"{path}: no scan among its {len(entries)} entries, but in {len(deeper)} sub-folder(s) "
+            f"of it; give such a folder, the first is {deeper[0]}"
+        )
     raise UserError(
         f"{path}: no scan among its {len(entries)} entries; expected {' '.join(SUFFIXES)} "
         "or a DICOM series"
     )
+
+
+def _holds_scans(folder: Path) -> bool:
+    """Whether ``folder`` is one with scans directly in it; not if it cannot be read."""
+    try:
+        return folder.is_dir() and any(
+            _is_scan(e) for e in folder.iterdir() if not e.name.startswith(".")
+        )
+    except OSError:
+        return False
 
 
 def _is_scan(entry: Path) -> bool:

@@ -350,7 +350,14 @@ def test_find_inputs(tmp_path: Path):
 def test_find_inputs_refuses(tmp_path: Path):
     with pytest.raises(UserError, match="no such file or folder"):
         find_inputs(tmp_path / "none")
-    with pytest.raises(UserError, match="no scan among its 0 entries"):
+    with pytest.raises(UserError, match="no scan among its 0 entries; expected .nii.gz"):
+        find_inputs(tmp_path)
+    # A folder for each patient, as archives have them: the line says where the scans are.
+    for patient in ("a", "b"):
+        (tmp_path / patient).mkdir()
+        (tmp_path / patient / "ct.nii.gz").write_bytes(b"")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match=r"3 entries, but in 2 sub-folder.*first is .*/a$"):
         find_inputs(tmp_path)
 
 
