@@ -51,19 +51,12 @@ def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:
         # Thousands of scans need not be opened to see that they are no slices.
         others = any(not strip_suffix(e.name)[1] for e in entries)
         found = [path] if others and is_dicom_folder(path) else []
-        found += [
-            e
-            for e in entries
-            if not e.name.startswith(".")
-            and _is_scan(e)
-            # Of Slicer, or of ours, beside its scan.
-            and (segmentations or not e.name.lower().endswith(".seg.nrrd"))
-        ]
+        found += [e for e in entries if _is_listed(e, segmentations)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if found:
         return found
-    deeper = [entry for entry in entries if _holds_scans(entry)]
+    deeper = [entry for entry in entries if _holds_scans(entry, segmentations)]
     if deeper:
         raise UserError(
             f"{path}: no scan among its {len(entries)} entries, but in {len(deeper)} sub-folder(s) "
@@ -75,14 +68,18 @@ def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:
     )
 
 
-def _holds_scans(folder: Path) -> bool:
+def _holds_scans(folder: Path, segmentations: bool) -> bool:
     """Whether ``folder`` is one with scans directly in it; not if it cannot be read."""
     try:
-        return folder.is_dir() and any(
-            _is_scan(e) for e in folder.iterdir() if not e.name.startswith(".")
-        )
+        return folder.is_dir() and any(_is_listed(e, segmentations) for e in folder.iterdir())
     except OSError:
         return False
+
+
+def _is_listed(entry: Path, segmentations: bool) -> bool:
+    # Of Slicer, or of ours, a .seg.nrrd lies beside its scan.
+    named = segmentations or not entry.name.lower().endswith(".seg.nrrd")
+    return named and not entry.name.startswith(".") and _is_scan(entry)
 
 
 def _is_scan(entry: Path) -> bool:
