@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -69,6 +70,9 @@ class Segmentation:
 class Segmenter:
     """Holds the network once; segments any number of scans, from any number of threads.
 
+    Of several threads one at a time computes with the network: it takes all cores and the memory
+    that is free.
+
     ``weights``: a safetensors file, by default the shipped one. ``device``: ``auto``, ``cpu``,
     ``cuda`` or ``cuda:N``. ``precision``: ``auto``, ``fp32``, ``bf16``, ``int8`` (CPU) or
     ``fp16`` (GPU).
@@ -107,6 +111,7 @@ class Segmenter:
         )
         self.grid = self.weights.grid
         self._network = self._made_ready()
+        self._turn = Lock()
 
     def _made_ready(self) -> FoldedNetwork:
         network = self.weights.network()
@@ -190,9 +195,13 @@ class Segmenter:
         """
         wanted = organ_indices(organs)
         clock = Clock(on_stage)
-        limit = self._limit_for(image, beside_bytes)
+        limit = partial(self._limit_for, image, beside_bytes)
+        limit()  # a scan for which there is no room is refused before work begins
 
-        network = partial(self._network, memory_limit_bytes=limit)
+        def network(volume: torch.Tensor) -> torch.Tensor:
+            with self._turn:  # what is free counts once no other scan's maps are being made
+                return self._network(volume, memory_limit_bytes=limit())
+
         found = label_scan(
             network, image, self.grid, wanted, keep_strays=self.keep_strays, clock=clock
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -55,6 +56,32 @@ def test_threads_give_what_one_thread_gives(segmenter):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda s: segmenter.predict(s, spacing_mm=(1, 1, 1)), scans))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_of_several_threads_one_computes_and_plans_with_what_is_free_then(tiny_weights):
+    segmenter = Segmenter(tiny_weights, precision="fp32")
+    network, inside, most, limits = segmenter._network, [0], [0], []
+
+    class Watched:
+        least_bytes = network.least_bytes
+
+        def __call__(self, volume, memory_limit_bytes):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            limits.append((inside[0], memory_limit_bytes))
+            time.sleep(0.02)
+            logits = network(volume, memory_limit_bytes=memory_limit_bytes)
+            inside[0] -= 1
+            return logits
+
+    segmenter._network = Watched()
+    # What is free while the network computes: next to nothing.
+    segmenter._limit_for = lambda *_: 0 if inside[0] else 2**30
+    with ThreadPoolExecutor(4) as pool:
+        scans = [body_hu(seed=seed) for seed in range(4)]
+        list(pool.map(lambda s: segmenter.predict(s, spacing_mm=(1, 1, 1)), scans))
+    assert most == [1]
+    assert limits == [(1, 2**30)] * 4
 
 
 def test_organs(segmenter):

@@ -18,6 +18,7 @@ from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.preparation import WINDOW_HU
 from flare_clef.training.contents import fill_organs
 from flare_clef.training.doubt import CLASSES
+from flare_clef.training.masses import lay_mass
 from flare_clef.training.resampling import AIR, WHOLE, resample
 from flare_clef.training.short_pieces import draw_piece
 
@@ -66,6 +67,8 @@ class AugmentationSettings:
     """The same for organs with contents: gallbladder, esophagus, stomach, duodenum."""
     contents_probability: float = 0.0
     """How often gallbladder and stomach, each, get stones, a layer or other contents."""
+    mass_probability: float = 0.0
+    """How often a large mass lies between the organs."""
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -322,5 +325,7 @@ def augment(
             image = change_organs(image, labels, settings, generator)
         if settings.contents_probability:
             image = fill_organs(image, labels, settings.contents_probability, generator)
+        if settings.mass_probability and _chance(generator, settings.mass_probability):
+            image = lay_mass(image, labels, generator)
         image = change_intensities(image, settings, generator)
     return image, labels
