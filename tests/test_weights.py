@@ -206,3 +206,9 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         save_weights(tmp_path / "w.safetensors", lively_network())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_card_names_the_file_beside_it():
+    folder = Path(__file__).resolve().parent.parent / "weights"
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert f"SHA-256 `{checksum(folder / 'flare_clef.safetensors')}`" in card
