@@ -436,12 +436,11 @@ def test_the_pods_of_the_kubernetes_job(tmp_path: Path, outputs: Path, small: tu
             options += ["-v", f"{folders[mount['subPath']]}:{mount['mountPath']}:{mode}"]
         else:
             options += ["--tmpfs", mount["mountPath"]]
-    entry, *rest = [*container["command"], *container["args"]]
     done_by = {}
     for index in range(spec["completions"]):
         before = set(names(outputs))
         pod_index = ("-e", f"JOB_COMPLETION_INDEX={index}")
-        done = run(*options, *pod_index, *small, "--entrypoint", entry, IMAGE, *rest)
+        done = run(*options, *pod_index, *small, IMAGE, *container["args"])
         assert done.returncode == 0, done.stderr
         done_by[index] = sorted(set(names(outputs)) - before)
     assert [done_by[k] for k in range(3)] == [["0.nii.gz"], ["1.nii.gz"], ["2.nii.gz"]]
