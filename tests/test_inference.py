@@ -60,8 +60,12 @@ def test_fused_activation_equals_convolution_and_relu(kind, inputs, side):
     bias = torch.randn(16, generator=generator).to(kind)
     with torch.inference_mode():
         found = activated(x, weight, bias)
-        assert torch.equal(found, functional.relu(convolve(x, weight, bias)))
-    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+        plain = convolve(x, weight, bias)
+        assert torch.equal(found, functional.relu(plain))
+    # Without bf16 in the processor torch's plain convolution orders its output otherwise.
+    assert found.stride() == plain.stride()
+    if kind == torch.float32:
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_with_one_thread_no_convolution_is_left_to_the_plain_form():
