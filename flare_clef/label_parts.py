@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import SimpleITK as sitk
 
+from flare_clef.images import ITK_TURN
+
 Box = tuple[slice, slice, slice]
 
 
@@ -41,8 +43,11 @@ def connected_parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ``sizes[k]`` is that of part k; ``sizes[0]``, of what is no part, is 0. Voxels touch by a
     face, an edge or a corner.
     """
-    image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
+    # Another thread may read a scan meanwhile.
+    with ITK_TURN:
+        image = sitk.GetImageFromArray(mask.astype(np.uint8))
+        parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
+        del image
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     return parts, sizes

@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from flare_clef import nifti, nrrd
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
-from flare_clef.images import ITK_NIFTI, Image, itk_reason
+from flare_clef.images import ITK_TURN, Image, itk_reason
 from flare_clef.paths import behind_link, check_name
 from flare_clef.scan_files import strip_suffix
 
@@ -104,7 +104,7 @@ def _voxel(like: Image) -> sitk.Image:
 def _itk_header(like: Image, temporary: Path) -> bytes:
     """The header that ITK gives to a scan that came from another format."""
     # The next scan is being read meanwhile.
-    with ITK_NIFTI:
+    with ITK_TURN:
         _write_by_itk(_voxel(like), temporary)
     return nifti.read_header(temporary).raw
 
