@@ -210,5 +210,5 @@ def test_writing_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch
 
 def test_the_model_card_names_the_file_beside_it():
     folder = Path(__file__).resolve().parent.parent / "weights"
-    card = (folder / "MODEL_CARD.md").read_text()
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert f"SHA-256 `{checksum(folder / 'flare_clef.safetensors')}`" in card
