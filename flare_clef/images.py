@@ -6,7 +6,6 @@ Arrays are (z, y, x); spacing, origin and direction are SimpleITK's: (x, y, z), 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +17,13 @@ import SimpleITK as sitk
 from flare_clef import nifti, nrrd
 from flare_clef.dicom import read_series
 from flare_clef.errors import UserError
+from flare_clef.itk_turn import ITK_TURN
 from flare_clef.paths import check_name
 from flare_clef.scan_files import SUFFIXES, strip_suffix
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-ITK_TURN = threading.Lock()
-"""Two threads in ITK's reader of NIfTI headers at once damage the heap (SimpleITK 2.5): of six
-runs that prepared 800 cases in two threads five ended with a crash. With the readers alone taking
-turns, and a filter (:mod:`flare_clef.label_parts`) beside them, one of some thirty still did."""
 
 
 @dataclass(frozen=True)

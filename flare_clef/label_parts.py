@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import SimpleITK as sitk
 
-from flare_clef.images import ITK_TURN
+from flare_clef.itk_turn import ITK_TURN
 
 Box = tuple[slice, slice, slice]
 
@@ -43,11 +43,11 @@ def connected_parts(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ``sizes[k]`` is that of part k; ``sizes[0]``, of what is no part, is 0. Voxels touch by a
     face, an edge or a corner.
     """
-    # Another thread may read a scan meanwhile.
+    # Another thread may read a scan meanwhile. No image outlives the turn.
     with ITK_TURN:
-        image = sitk.GetImageFromArray(mask.astype(np.uint8))
-        parts = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))
-        del image
+        parts = sitk.GetArrayFromImage(
+            sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True)
+        )
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     return parts, sizes

@@ -29,6 +29,8 @@ from flare_clef.torso import Box, cells_of, steps_of, trunk_in_plane
 
 BODY_THRESHOLD_HU = -500
 WINDOW_HU = (-200.0, 300.0)
+ONE_HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
+"""A difference of 1 HU in a prepared volume, whose scale is -1 to 1."""
 GRID = 192
 AIR_HU = -1024.0
 """What a voxel without a usable value (NaN, infinite) counts as."""
@@ -219,6 +221,11 @@ def scale_to_window(volume_hu: torch.Tensor) -> torch.Tensor:
     """Steps 5 and 6, in place: clip to (-200, 300) HU and scale that to (-1, 1)."""
     low, high = WINDOW_HU
     return volume_hu.clamp_(low, high).sub_((low + high) / 2).div_((high - low) / 2)
+
+
+def scaled(value_hu: float) -> float:
+    """What :func:`scale_to_window` makes of a value in HU, without the clip."""
+    return (value_hu - WINDOW_HU[0]) * ONE_HU - 1
 
 
 def _to_hu(chunk: np.ndarray) -> torch.Tensor:

@@ -19,7 +19,8 @@ import SimpleITK as sitk
 from flare_clef import nifti, nrrd
 from flare_clef.errors import UserError
 from flare_clef.formats import slicer_keys
-from flare_clef.images import ITK_TURN, Image, itk_reason
+from flare_clef.images import Image, itk_reason
+from flare_clef.itk_turn import ITK_TURN
 from flare_clef.paths import behind_link, check_name
 from flare_clef.scan_files import strip_suffix
 

@@ -15,15 +15,13 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
-from flare_clef.preparation import WINDOW_HU
+from flare_clef.preparation import ONE_HU, scaled
 from flare_clef.training.contents import fill_organs
 from flare_clef.training.doubt import CLASSES
 from flare_clef.training.masses import lay_mass
 from flare_clef.training.resampling import AIR, WHOLE, resample
 from flare_clef.training.short_pieces import draw_piece
 
-_HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
-"""One HU on the scale of prepared volumes."""
 _TISSUE_HU = -50
 """Above it there is tissue or fluid, below it fat or gas."""
 _HOLLOW = {ORGAN_BY_NAME[n].index for n in ("gallbladder", "esophagus", "stomach", "duodenum")}
@@ -68,7 +66,7 @@ class AugmentationSettings:
     contents_probability: float = 0.0
     """How often gallbladder and stomach, each, get stones, a layer or other contents."""
     mass_probability: float = 0.0
-    """How often a large mass lies between the organs."""
+    """How often a large mass lies where no organ is, see ``masses.py``."""
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:
@@ -217,7 +215,7 @@ def change_organs(
             change_hu = abs(change_hu) * settings.filling_hu
         else:
             change_hu *= settings.enhancement_hu
-        changes[organ] = change_hu * _HU
+        changes[organ] = change_hu * ONE_HU
     if not changes.any():
         return image
     change = changes[torch.from_numpy(CLASSES).long()][labels.int()]
@@ -225,7 +223,7 @@ def change_organs(
         inner = change.narrow(axis, 1, change.shape[axis] - 2)
         before, after = (change.narrow(axis, i, change.shape[axis] - 2) for i in (0, 2))
         inner.copy_((inner * 2 + before + after) / 4)
-    tissue = image > (_TISSUE_HU - WINDOW_HU[0]) * _HU - 1
+    tissue = image > scaled(_TISSUE_HU)
     return image.add_(change.mul_(tissue)).clamp_(-1, 1)
 
 
@@ -233,7 +231,7 @@ def clip(image: Tensor, generator: Generator) -> Tensor:
     """Clips to a range such as archives do, from (-200, -90) to (220, 300) HU; in place."""
     low = _uniform(generator, -200, -90)
     high = _uniform(generator, 220, 300)
-    return image.clamp_((low - WINDOW_HU[0]) * _HU - 1, (high - WINDOW_HU[0]) * _HU - 1)
+    return image.clamp_(scaled(low), scaled(high))
 
 
 def unclip(image: Tensor, generator: Generator) -> Tensor:
@@ -242,11 +240,11 @@ def unclip(image: Tensor, generator: Generator) -> Tensor:
     Those at the floor go down by an exponential of mean 15 HU, as fat does; those at the
     ceiling, bone and contrast, go to the window's end. In place.
     """
-    floor = (image > (-135 - WINDOW_HU[0]) * _HU - 1) & (image < (-119 - WINDOW_HU[0]) * _HU - 1)
+    floor = (image > scaled(-135)) & (image < scaled(-119))
     places = floor.view(-1).nonzero()[:, 0]
-    spread = torch.empty(len(places)).exponential_(1 / (15 * _HU), generator=generator)
+    spread = torch.empty(len(places)).exponential_(1 / (15 * ONE_HU), generator=generator)
     image.view(-1).index_add_(0, places, spread, alpha=-1)
-    return image.masked_fill_(image > (270 - WINDOW_HU[0]) * _HU - 1, 1)
+    return image.masked_fill_(image > scaled(270), 1)
 
 
 def blur(image: Tensor, generator: Generator) -> Tensor:
@@ -281,10 +279,10 @@ def thick_slices(image: Tensor, generator: Generator) -> Tensor:
 
 def add_noise(image: Tensor, sigma_hu: float, generator: Generator) -> Tensor:
     """Gaussian noise, half the time partly correlated over 2 voxels as a scanner's is; in place."""
-    fine = torch.empty(image.shape).normal_(0, sigma_hu * _HU, generator=generator)
+    fine = torch.empty(image.shape).normal_(0, sigma_hu * ONE_HU, generator=generator)
     if _chance(generator, 0.5):
         half = [max(1, n // 2) for n in image.shape]
-        coarse = torch.empty(half).normal_(0, sigma_hu * _HU, generator=generator)
+        coarse = torch.empty(half).normal_(0, sigma_hu * ONE_HU, generator=generator)
         fine = fine.mul_(0.5).add_(
             functional.interpolate(coarse[None, None], size=list(image.shape), mode="nearest")[0, 0]
         )
@@ -294,7 +292,7 @@ def add_noise(image: Tensor, sigma_hu: float, generator: Generator) -> Tensor:
 def scale_values(image: Tensor, settings: AugmentationSettings, generator: Generator) -> Tensor:
     """Gain about the window's middle (50 HU) and offset, within the window; in place."""
     gain = math.exp(_uniform(generator, -1, 1) * math.log1p(settings.gain))
-    offset = _uniform(generator, -1, 1) * settings.offset_hu * _HU
+    offset = _uniform(generator, -1, 1) * settings.offset_hu * ONE_HU
     return image.mul_(gain).add_(offset).clamp_(-1, 1)
 
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.preparation import WINDOW_HU
+from flare_clef.preparation import scaled
 from flare_clef.training.doubt import CLASSES
 
 FILLED = tuple(ORGAN_BY_NAME[name].index for name in ("gallbladder", "stomach"))
@@ -21,11 +21,6 @@ _VALUES_HU = (30.0, 450.0)
 """From sludge to stones and to contrast; beyond the window it is all one."""
 _TISSUE_HU = -50.0
 """Below it there is gas, which stays."""
-
-
-def _scaled(hu: float) -> float:
-    low, high = WINDOW_HU
-    return (hu - low) / (high - low) * 2 - 1
 
 
 def fill_organs(image: Tensor, labels: Tensor, probability: float, generator: Generator) -> Tensor:
@@ -50,10 +45,10 @@ def fill_organs(image: Tensor, labels: Tensor, probability: float, generator: Ge
         # Padded by hand: torch refuses what is smaller than its window before padding.
         around = functional.pad(mask[box].float(), (1,) * 6)
         share = functional.avg_pool3d(around[None], 3, 1)[0] * mask[box]
-        share *= part > _scaled(_TISSUE_HU)
+        share *= part > scaled(_TISSUE_HU)
         share *= _layer(part.shape, generator) * _grains(part.shape, generator)
         low, high = _VALUES_HU
-        value = _scaled(low + (high - low) * float(torch.rand((), generator=generator)))
+        value = scaled(low + (high - low) * float(torch.rand((), generator=generator)))
         part.lerp_(torch.full_like(part, min(value, 1.0)), share)
     return image
 

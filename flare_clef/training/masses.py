@@ -12,12 +12,13 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from flare_clef.organs import ORGAN_BY_NAME
-from flare_clef.preparation import WINDOW_HU
+from flare_clef.preparation import ONE_HU, scaled
 from flare_clef.training.doubt import CLASSES, UNDECIDED
 from flare_clef.training.resampling import AIR
 
 _RADII = (15.0, 75.0)
-"""Voxels, each axis by itself: some 30 to 140 mm at 192^3."""
+"""Voxels, each axis by itself: some 30 to 140 mm at 192^3, the grid this is made for; a coarser
+one sees larger masses."""
 _VALUES_HU = (0.0, 120.0)
 """From a cyst to a tumour that takes up contrast as the liver does."""
 _LUMPS_HU = 30.0
@@ -30,16 +31,14 @@ _ABOVE = 0.6
 """The share of the liver's voxels below the level above which nothing changes: lungs and heart."""
 _CELL = 4
 """Voxels; the body's wall is one or two such cells thick."""
-_HU = 2 / (WINDOW_HU[1] - WINDOW_HU[0])
-"""One HU on the scale of prepared volumes."""
 
 
 def lay_mass(image: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-    """One ellipsoid mass about a voxel of no organ, in front of the spine; in place.
+    """``image`` with one ellipsoid mass about a voxel of no organ, in front of the spine; in place.
 
-    ``image`` float32 in (-1, 1), ``labels`` uint8 with their doubt, both (z, y, x). Organs and
-    undecided voxels stay as they are, bowel and its contents give way. Where the spine is, the
-    aorta tells: without one nothing changes.
+    ``image`` float32 in (-1, 1), ``labels`` uint8 with their doubt, both (z, y, x), canonical.
+    Organs and undecided voxels stay as they are, bowel and its contents give way. Where the spine
+    is, the aorta tells: without one nothing changes.
     """
     places = _room(image, labels)
     where = torch.nonzero(places)
@@ -56,11 +55,11 @@ def lay_mass(image: Tensor, labels: Tensor, generator: Generator) -> Tensor:
     share_of_mass = ((1 - distance.sqrt()) * 10).clamp_(0, 1) * places
 
     low, high = _VALUES_HU
-    value = (low + (high - low) * drawn[4] - WINDOW_HU[0]) * _HU - 1
+    value = scaled(low + (high - low) * drawn[4])
     cells = [max(2, n // round(6 + 18 * drawn[5])) for n in image.shape]
-    lumps = torch.randn(cells, generator=generator) * (drawn[6] * _LUMPS_HU * _HU)
+    lumps = torch.randn(cells, generator=generator) * (drawn[6] * _LUMPS_HU * ONE_HU)
     mass = _spread(lumps, image.shape)
-    mass += torch.randn(image.shape, generator=generator) * (drawn[7] * _NOISE_HU * _HU)
+    mass += torch.randn(image.shape, generator=generator) * (drawn[7] * _NOISE_HU * ONE_HU)
     return image.lerp_(mass.add_(value).clamp_(AIR, 1), share_of_mass)
 
 
@@ -79,6 +78,7 @@ def _room(image: Tensor, labels: Tensor) -> Tensor:
 
 
 def _level(places: Tensor, share: float) -> int:
+    """The coordinate of voxels, one axis, (n,), below which ``share`` of them lie."""
     return int(places.sort().values[int(share * (len(places) - 1))])
 
 
@@ -96,4 +96,5 @@ def _within_the_wall(image: Tensor) -> Tensor:
 
 
 def _spread(cells: Tensor, size: torch.Size) -> Tensor:
+    """Coarse ``cells`` (z, y, x), interpolated to ``size``."""
     return functional.interpolate(cells[None, None], size=list(size), mode="trilinear")[0, 0]
