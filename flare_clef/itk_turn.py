@@ -9,5 +9,6 @@ ITK_TURN = Lock()
 are found: both are short.
 
 Without it five of six runs that prepared 800 cases in two threads crashed. With the headers alone
-taking turns one run did, of some thirty, and nothing shows that the search for parts was its cause.
+taking turns one did, and some two hundred after it did not: that the search for parts beside them
+was the cause is a guess.
 """
