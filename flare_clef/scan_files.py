@@ -68,6 +68,28 @@ def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:
     )
 
 
+def passed_over(path: Path, output: Path) -> list[Path]:
+    """Sub-folders of ``path`` that hold scans which :func:`find_inputs` leaves out, by name.
+
+    Not ``output`` or a folder that it lies in: earlier results are no scans.
+    """
+    if not path.is_dir():
+        return []
+    results = output.resolve()
+    try:
+        folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir()]
+    except OSError:
+        return []
+    return [
+        folder
+        for folder in folders
+        if not results.is_relative_to(folder.resolve())
+        and not folder.name.startswith(".")
+        and not _is_listed(folder, segmentations=False)
+        and _holds_scans(folder, segmentations=False)
+    ]
+
+
 def _holds_scans(folder: Path, segmentations: bool) -> bool:
     """Whether ``folder`` is one with scans directly in it; not if it cannot be read."""
     try:

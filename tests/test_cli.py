@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import body_hu, write_scan
+from conftest import TINY_GRID, body_hu, lively_network, write_scan
+
+from flare_clef.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +51,13 @@ def test_batch_with_bad_files_among_good_ones(scans: Path, tmp_path: Path, tiny_
     assert rows["a"]["volume_ml"]["liver"] == pytest.approx(
         (labels == 1).sum() * voxel_ml, abs=1e-3
     )
+
+
+def test_scans_in_a_sub_folder_are_named(scans: Path, tmp_path: Path, tiny_weights: Path):
+    write_scan(scans / "second visit" / "c_0000.nii.gz")
+    done = run("predict", scans, tmp_path / "out", "--weights", tiny_weights)
+    assert done.returncode == 0 and "2 case(s): 2 done" in done.stderr
+    assert "note: 1 sub-folder(s)" in done.stderr and "second visit" in done.stderr
 
 
 def test_skip_existing_and_quiet(scans: Path, tmp_path: Path, tiny_weights: Path):
@@ -266,6 +275,21 @@ def test_info_of_weights_and_scan(scans: Path, tiny_weights: Path):
     assert facts["orientation"] == "LPS"
     assert facts["lowest_value"] == -1000
     assert run("info", scans / "none.nii.gz").returncode == 1
+
+
+def test_info_shows_a_long_record_in_short_and_whole_as_json(tmp_path: Path):
+    record = {
+        "steps": 1060,
+        "recipe": {"finetune": {"seed": 17}},
+        "trained_on": {f"case_{k}": "a hospital" for k in range(91)},
+        "validation_means": {"labelled_organs": 0.777},
+    }
+    weights = tmp_path / "long.safetensors"
+    save_weights(weights, lively_network(), grid=TINY_GRID, record=record)
+    shown = run("info", weights).stdout
+    assert "91 cases" in shown and "1060" in shown and "0.777" in shown
+    assert "hospital" not in shown and "seed" not in shown and "--json" in shown
+    assert json.loads(run("info", weights, "--json").stdout)["weights"]["record"] == record
 
 
 def test_help_imports_nothing_heavy():

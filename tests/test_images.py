@@ -22,7 +22,7 @@ from flare_clef.images import (
     read_image,
 )
 from flare_clef.orientation import reorient
-from flare_clef.scan_files import find_inputs, output_name, strip_suffix
+from flare_clef.scan_files import find_inputs, output_name, passed_over, strip_suffix
 from flare_clef.stress import crop_third
 from flare_clef.writing import write_labels
 
@@ -345,6 +345,18 @@ def test_find_inputs(tmp_path: Path):
         refused(folder / name)
     for name in ("-b.nii.gz", "a#1%.mha", "linked.nii.gz"):
         assert np.array_equal(read_image(folder / name).array, body_hu())
+
+
+def test_sub_folders_of_scans_that_are_passed_over(tmp_path: Path):
+    for name in ("in/a.nii.gz", "in/later/b.nii.gz", "in/.cache/c.nii.gz", "in/out/a.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in/notes").mkdir()
+    (tmp_path / "in/notes/read.txt").touch()
+    folder = tmp_path / "in"
+    assert passed_over(folder, folder / "out") == [folder / "later"]
+    assert passed_over(folder, folder / "out" / "a.nii.gz") == [folder / "later"]
+    assert passed_over(folder / "a.nii.gz", folder / "out") == []
 
 
 def test_find_inputs_refuses(tmp_path: Path):

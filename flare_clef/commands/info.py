@@ -31,8 +31,24 @@ def info(
 
         typer.echo(encoder.dumps(facts))
         return
+    if is_weights and isinstance(facts["weights"]["record"], dict):
+        facts["weights"]["record"] = _in_short(facts["weights"]["record"])
     for key, value in facts.items():
         _show(key, value, 0)
+
+
+def _in_short(record: dict[str, Any]) -> dict[str, Any]:
+    """What a reader asks first of a weights file's record: the whole is some hundred lines."""
+    short = {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+    cases = record.get("trained_on")
+    if cases:
+        short["trained_on"] = f"{len(cases)} cases"
+    dice = record.get("validation_means")
+    if dice:
+        short["validation_means"] = dice
+    if len(short) < len(record):
+        short["all_of_it"] = "--json (recipe, cases and their sources, other runs in the mean)"
+    return short
 
 
 def _show(key: str, value: Any, depth: int) -> None:

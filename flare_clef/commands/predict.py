@@ -156,6 +156,7 @@ def predict(
     from flare_clef.organs import organ_indices
     from flare_clef.paths import check_writable
     from flare_clef.progress import Progress
+    from flare_clef.scan_files import passed_over
 
     limit_bytes = _bytes(memory_limit) if memory_limit is not None else None
     names = [name.strip() for name in organs.split(",")] if organs is not None else None
@@ -170,6 +171,11 @@ def predict(
     stages = _start_profile(profile, device) if profile is not None else None
     progress = Progress(len(jobs), quiet=quiet)
     results: list[CaseResult] = []
+    if aside := passed_over(input, output):
+        progress.line(
+            f"note: {len(aside)} sub-folder(s) of {input} hold scans too and are left out, the "
+            f"first is {aside[0].name}; give such a folder by itself"
+        )
 
     def on_stage(job: Job, stage: str) -> None:
         progress.stage(job.case, stage)

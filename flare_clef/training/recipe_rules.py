@@ -44,6 +44,11 @@ def problem_of(recipe: Recipe) -> str | None:
         return f"finetune.optimizer = {plan.optimizer!r}: must be 'adam' or 'muon'"
     if not (plan.ce_share or plan.dice_share):
         return "finetune: ce_share = 0.0 and dice_share = 0.0: one must be above 0"
+    if plan.stages[0].freeze_after == 0 and not plan.start:
+        return (
+            "finetune.stages[0].freeze_after = 0.0: keeps the statistics of the weights in "
+            "finetune.start, and none are named; name some, or freeze later"
+        )
     if data.folds and data.validation:
         return f"data.validation: with folds = {data.folds} a fold is kept aside; leave one out"
     grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}

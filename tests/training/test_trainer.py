@@ -21,6 +21,7 @@ from flare_clef.training.checkpoints import BEFORE, DAMAGED, LAST, load_checkpoi
 from flare_clef.training.finetuning import Finetuning, freeze_statistics
 from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 from flare_clef.training.recipe import load_recipe
+from flare_clef.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +113,8 @@ def test_bad_pairs_are_named(tmp_path: Path):
          "network.classes = 4: must be 13"),
         ("[data]\nfolds = 5\nvalidation = ['a']\n[finetune]\nstages = [{grid = 64, steps = 1}]",
          "data.validation: with folds = 5 a fold is kept aside; leave one out"),
+        ("[finetune]\nstages = [{grid = 64, steps = 1, freeze_after = 0}]",
+         "finetune.stages[0].freeze_after = 0.0: keeps the statistics of the weights in"),
         ("[network]\nwidths = [4]", "encoder_convs needs one number per level"),
         ("not toml", "not TOML"),
     ],
@@ -129,6 +132,16 @@ def test_the_shipped_recipe_loads_and_takes_overrides():
     assert [stage.grid for stage in recipe.finetune.stages] == [96, 128, 192]
     assert recipe.finetune.frozen_at(recipe.finetune.steps - 1)
     assert len(recipe.data.validation) == 4
+
+
+def test_the_recipe_for_ones_own_scans_starts_from_the_shipped_weights():
+    path = ROOT / "recipes" / "finetune.toml"
+    recipe = load_recipe(path)
+    start = load_weights((path.parent / recipe.finetune.start).resolve())
+    assert start.path == ROOT / "weights" / "flare_clef.safetensors"
+    assert start.architecture == recipe.network
+    assert recipe.finetune.frozen_at(0) and recipe.data.folders == ()
+    assert "research only" in recipe.export.licence
 
 
 def test_learning_rate_by_hand():
