@@ -91,7 +91,7 @@ def read_dataset(folder: Path) -> Dataset:
     if parts:
         return read_datasets(parts)
     raise UserError(
-        f"{folder}: neither images/ nor imagesTr/ nor NAME_0000.nii.gz in it; see the README "
+        f"{folder}: neither images/ nor imagesTr/ nor NAME_0000.nii.gz in it; see docs/training.md "
         "for the layouts"
     )
 

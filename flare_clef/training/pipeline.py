@@ -20,6 +20,7 @@ from flare_clef.network import SegmentationNetwork, UNet
 from flare_clef.organs import ORGANS
 from flare_clef.training import provenance
 from flare_clef.training.backbone import BACKBONE, load_start, save_backbone
+from flare_clef.training.before import judge_start, means_before
 from flare_clef.training.calibration import calibrate_on
 from flare_clef.training.cases import Case
 from flare_clef.training.curves import write_curves
@@ -101,11 +102,8 @@ def finetune(run: Run) -> Path:
             "finetune.patience_epochs: early stopping needs cases kept aside; set data.folds or "
             "data.validation"
         )
-    description = run.describe(cases, kept_aside=aside)
+    provenance.check_split(run.folder, aside)
     plan = plan.for_cases(len(prepared))
-    run.say(
-        f"fine-tuning: {len(trained)} case(s), {len(aside)} kept aside, {plan.steps} steps at most"
-    )
 
     def judge(network: SegmentationNetwork, grid: int) -> DiceTable:
         shown = BestAndWorst()
@@ -128,6 +126,14 @@ def finetune(run: Run) -> Path:
         validate_at=range(every, plan.steps, every),
         device=run.device,
     )
+    finished = trainer.ended or trainer.step >= plan.steps
+    description = run.describe(cases, kept_aside=aside, finished=finished)
+    run.say(
+        f"fine-tuning: {len(trained)} case(s), {len(aside)} kept aside, "
+        + ("all steps done before" if finished else f"{plan.steps} steps at most")
+    )
+    if aside and plan.start and isinstance(start, SegmentationNetwork):
+        judge_start(run, trainer, aside)
     with _shown(run, trainer, plan.steps):
         network = trainer.run()
     path = run.folder / WEIGHTS
@@ -141,12 +147,8 @@ def export_run(run: Run) -> Path:
     """Exports the network that the run's checkpoint holds, finished or not."""
     cases = run.labelled()
     trained, aside = split(run, cases)
+    provenance.check_split(run.folder, aside)
     description = provenance.read_run(run.folder)
-    if seen := sorted({case.name for case in aside} & provenance.trained_on(description).keys()):
-        raise UserError(
-            f"{run.folder}: trained on {', '.join(seen[:5])}, which would be kept aside now; "
-            "export with the data.validation or data.folds that the run had"
-        )
     trainer = Finetuning(
         run.recipe.finetune,
         run.prepare([*trained, *aside])[: len(trained)],
@@ -186,8 +188,10 @@ def _export(
     shown = BestAndWorst()
     precision = run.precision_on_cpu
     table = validate(network, aside, grid, precision, on_case=shown.see) if aside else {}
+    before = means_before(run.folder)
     for organ, value in means(table).items():
-        run.say(f"  {organ:22s} {value:.3f}")
+        was = f"  (before {before[organ]:.3f})" if organ in before else ""
+        run.say(f"  {organ:22s} {value:.3f}{was}")
     if table:
         trainer.log("validation.jsonl", {"step": trainer.step, "dice": table})
         run.draw(lambda: shown.write(run.folder / "validation", trainer.step))

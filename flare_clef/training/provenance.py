@@ -117,9 +117,7 @@ def write_run(run: Path, description: dict[str, Any]) -> tuple[dict[str, Any], l
         # Built anew: keys that are younger than the run have the value they had then.
         keys = _differences(_as_json(recipe_of(run)), description["recipe"])
         changes = [f"{key} differs from the recipe this run began with" for key in keys]
-        for what in (CASES, PRETRAINING_CASES):
-            if what in former and what in description:
-                changes += _data_changes(former[what], description[what])
+        changes += data_changes(former, description)
         earlier = former.pop("earlier", [])
         description = {**former, **description, "earlier": earlier + [former] * bool(changes)}
     run.mkdir(parents=True, exist_ok=True)
@@ -134,7 +132,29 @@ def write_run(run: Path, description: dict[str, Any]) -> tuple[dict[str, Any], l
     return description, changes
 
 
-def _data_changes(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
+def data_changes(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """A line for each way in which two descriptions differ in their cases."""
+    return [
+        line
+        for what in (CASES, PRETRAINING_CASES)
+        if what in former and what in present
+        for line in _case_changes(former[what], present[what])
+    ]
+
+
+def check_split(run: Path, aside: Sequence[Case]) -> None:
+    """Raises UserError where the run in this folder trained on cases that are kept aside now."""
+    if not (run / FILE_NAME).is_file():
+        return
+    seen = sorted({case.name for case in aside} & trained_on(read_run(run)).keys())
+    if seen:
+        raise UserError(
+            f"{run}: trained on {', '.join(seen[:5])}, which would be kept aside now; take the "
+            "data.validation or data.folds that the run had, or another folder with --output"
+        )
+
+
+def _case_changes(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
     kinds = {
         "added": present.keys() - former.keys(),
         "gone": former.keys() - present.keys(),

@@ -116,11 +116,14 @@ class Run:
         cases: Sequence[Case],
         what: str = provenance.CASES,
         kept_aside: Sequence[Case] = (),
+        *,
+        finished: bool = False,
     ) -> dict[str, Any]:
         """Writes and returns the run's record; says what changed since it began.
 
         ``what`` the cases are for: a key of the record; ``kept_aside`` are among them. Only the
-        first process has it.
+        first process has it. Raises UserError where a ``finished`` run, which learns nothing
+        more, had other cases.
         """
         if rank():
             return {}
@@ -130,6 +133,13 @@ class Run:
             kept_aside=kept_aside,
         )  # fmt: skip
         store.save_checksums()
+        if finished and (self.folder / provenance.FILE_NAME).is_file():
+            former = provenance.read_run(self.folder)
+            if changes := provenance.data_changes(former, described):
+                raise UserError(
+                    f"{self.folder}: this run has done all its steps, and {changes[0]}; name "
+                    "another folder with --output, or give it more steps"
+                )
         described, changes = provenance.write_run(self.folder, described)
         for change in changes:
             self.say(f"warning: {change}")

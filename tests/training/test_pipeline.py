@@ -239,6 +239,38 @@ def test_an_export_keeps_to_what_the_run_trained_on(folder: Path, tmp_path: Path
     assert record["validation_dice"].keys() == {"c2"}
 
 
+def test_the_start_is_judged_and_a_finished_run_takes_no_other_cases(folder: Path, tmp_path: Path):
+    data = make_folder(tmp_path / "data", 3)
+    points = "export.offsets={liver=0.5}"
+    options = (*_with(folder, data, points), "--output", str(tmp_path / "first"))
+    assert call(folder, "finetune", *options).exit_code == 0
+    start = tmp_path / "first" / "weights.safetensors"
+    run = tmp_path / "run"
+    plan = f'finetune.start="{start}"', "finetune.stages=[{grid=32, steps=8}]"
+    begun = _with(folder, data, *plan)
+    done = call(folder, "finetune", *begun, "--output", str(run))
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert records[0]["step"] == 0 and records[-1]["step"] == 8
+    # As exported, its operating point included: what its own export had found.
+    was = load_weights(start).record["validation_dice"]["c2"]["liver"]
+    assert records[0]["dice"]["c2"]["liver"] == pytest.approx(was, abs=0.02)
+    assert f"(before {records[0]['dice']['c2']['liver']:.3f})" in done.output
+
+    again = call(folder, "finetune", *begun, "--output", str(run))
+    assert again.exit_code == 0 and "all steps done before" in again.output
+    more = make_folder(tmp_path / "more", 5)
+    begun = _with(folder, more, *plan)
+    before = (run / "run.json").read_bytes(), (run / "weights.safetensors").read_bytes()
+    refused = call(folder, "finetune", *begun, "--output", str(run))
+    assert "has done all its steps, and 2 case(s) added since" in str(refused.exception)
+    other = call(
+        folder, "finetune", *begun, "--set", 'data.validation=["c1"]', "--output", str(run)
+    )
+    assert "trained on c1, which would be kept aside now" in str(other.exception)
+    assert before == ((run / "run.json").read_bytes(), (run / "weights.safetensors").read_bytes())
+
+
 def test_pretraining_never_sees_what_is_kept_aside(folder: Path, tmp_path: Path):
     run = tmp_path / "run"
     options = ("--set", 'data.unlabelled=["data/images"]', "--output", str(run))

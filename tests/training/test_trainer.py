@@ -142,6 +142,7 @@ def test_the_recipe_for_ones_own_scans_starts_from_the_shipped_weights():
     assert start.architecture == recipe.network
     assert recipe.finetune.frozen_at(0) and recipe.data.folders == ()
     assert "research only" in recipe.export.licence
+    assert recipe.export.offsets == start.record["operating_points"]
 
 
 def test_learning_rate_by_hand():
