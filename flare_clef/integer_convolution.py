@@ -18,12 +18,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flare_clef.network import Architecture
+
 FULL, REDUCED = 255, 127
 """Highest activation. Processors without VNNI sum pairs of products in 16 bits: 127 * 127 * 2
 fits, 255 * 127 * 2 does not."""
 
 CHANNELS = 16
 """Blocks of channels that the tests cover; no network of ours has others."""
+
+
+def fits_int8(architecture: Architecture) -> bool:
+    """Whether all layers have channels in whole blocks."""
+    return not any(n % CHANNELS for n in (*architecture.widths, architecture.head_channels))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from flare_clef.dicom import is_dicom_folder
@@ -29,6 +30,24 @@ def output_name(path: Path, suffix: str | None = None) -> str:
     stem, own = strip_suffix(name)
     own = {".mhd": ".mha", ".nhdr": ".nrrd"}.get(own.lower(), own)
     return (stem.removesuffix(_CHANNEL) or stem) + (suffix or own or ".nii.gz")
+
+
+def files_of(path: Path) -> list[Path]:
+    """``path`` and, of a header (``.mhd``, ``.nhdr``), the files of voxels that it names.
+
+    What cannot be read or is not there is left to who reads the scan.
+    """
+    if strip_suffix(path.name)[1].lower() not in (".mhd", ".nhdr"):
+        return [path]
+    try:
+        header = path.read_text(encoding="latin-1")
+    except OSError:
+        return [path]
+    named = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file\s*:)(.*)", header, re.I | re.M | re.S)
+    # One name, or LIST with a name a line to the end.
+    lines = named[1].split("\n") if named else []
+    voxels = [path.parent / line.strip() for line in lines if line.strip()]
+    return [path, *(file for file in voxels if file.is_file())]
 
 
 def find_inputs(path: Path, *, segmentations: bool = False) -> list[Path]:

@@ -21,7 +21,7 @@ import torch
 from flare_clef.errors import UsageError, UserError
 from flare_clef.images import IDENTITY, Image, image_from_array, image_from_sitk, read_image
 from flare_clef.inference import FoldedNetwork
-from flare_clef.integer_convolution import CHANNELS, REDUCED, highest_activation
+from flare_clef.integer_convolution import CHANNELS, REDUCED, fits_int8, highest_activation
 from flare_clef.limits import (
     available_memory_bytes,
     keep_memory,
@@ -107,7 +107,8 @@ class Segmenter:
             precision,
             self.device,
             self.threads,
-            calibrated=self.weights.calibration is not None,
+            calibrated=self.weights.calibration is not None
+            and fits_int8(self.weights.architecture),
         )
         self.grid = self.weights.grid
         self._network = self._made_ready()
@@ -123,7 +124,7 @@ class Segmenter:
         from flare_clef.quantised import QuantisedNetwork, calibration_from_norms
 
         architecture = self.weights.architecture
-        if any(n % CHANNELS for n in (*architecture.widths, architecture.head_channels)):
+        if not fits_int8(architecture):
             raise UserError(
                 f"--precision int8: {self.weights.path} has layers of {architecture.widths} and "
                 f"{architecture.head_channels} channels, multiples of {CHANNELS} are needed; "

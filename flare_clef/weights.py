@@ -74,6 +74,20 @@ def default_weights() -> Path:
     )
 
 
+def _kind_of(name: str) -> torch.dtype:
+    """In which format a tensor of the network is stored."""
+    # Running variances span more than half precision holds; they are tiny anyhow.
+    return torch.float32 if ".norm." in name else torch.float16
+
+
+def round_as_stored(network: SegmentationNetwork) -> None:
+    """Gives the parameters, in place, the values that :func:`save_weights` would store."""
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if not name.endswith(_BOOKKEEPING):
+                tensor.copy_(tensor.to(_kind_of(name)))
+
+
 def save_weights(
     path: Path,
     network: SegmentationNetwork,
@@ -88,9 +102,7 @@ def save_weights(
     for name, tensor in network.state_dict().items():
         if name.endswith(_BOOKKEEPING):
             continue
-        # Running variances span more than half precision holds; they are tiny anyhow.
-        kind = torch.float32 if ".norm." in name else torch.float16
-        tensors[name] = tensor.detach().to("cpu", kind).contiguous()
+        tensors[name] = tensor.detach().to("cpu", _kind_of(name)).contiguous()
     if calibration is not None:
         tensors.update(calibration.tensors())
     metadata = {

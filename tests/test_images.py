@@ -22,7 +22,13 @@ from flare_clef.images import (
     read_image,
 )
 from flare_clef.orientation import reorient
-from flare_clef.scan_files import find_inputs, output_name, passed_over, strip_suffix
+from flare_clef.scan_files import (
+    files_of,
+    find_inputs,
+    output_name,
+    passed_over,
+    strip_suffix,
+)
 from flare_clef.stress import crop_third
 from flare_clef.writing import write_labels
 
@@ -345,6 +351,27 @@ def test_find_inputs(tmp_path: Path):
         refused(folder / name)
     for name in ("-b.nii.gz", "a#1%.mha", "linked.nii.gz"):
         assert np.array_equal(read_image(folder / name).array, body_hu())
+
+
+def test_files_of_a_header_and_its_voxels(tmp_path: Path):
+    for name in ("a.raw", "b.raw", "c 1.raw", "a.nii.gz"):
+        (tmp_path / name).touch()
+    headers = {
+        "a.mhd": "NDims = 3\nElementDataFile = a.raw\n",
+        "list.MHD": "NDims = 3\nElementDataFile = LIST\na.raw\nc 1.raw\n",
+        "b.nhdr": "NRRD0004\ndimension: 3\ndata file: b.raw\n",
+        "gone.mhd": "ElementDataFile = gone.raw\n",
+        "odd.mhd": "nothing",
+    }
+    for name, text in headers.items():
+        (tmp_path / name).write_text(text)
+    found = {name: [p.name for p in files_of(tmp_path / name)[1:]] for name in headers}
+    assert found == {
+        "a.mhd": ["a.raw"], "list.MHD": ["a.raw", "c 1.raw"], "b.nhdr": ["b.raw"],
+        "gone.mhd": [], "odd.mhd": [],
+    }  # fmt: skip
+    assert files_of(tmp_path / "a.nii.gz") == [tmp_path / "a.nii.gz"]
+    assert files_of(tmp_path / "none.mhd") == [tmp_path / "none.mhd"]
 
 
 def test_sub_folders_of_scans_that_are_passed_over(tmp_path: Path):

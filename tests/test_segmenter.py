@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import body_hu, write_scan
+from conftest import TINY_GRID, body_hu, lively_network, write_scan
 from test_preparation import stored_as, stored_every_way
 
 from flare_clef import ORGANS, Segmenter
 from flare_clef.errors import UsageError, UserError
 from flare_clef.images import image_from_array
+from flare_clef.integer_convolution import fits_int8
+from flare_clef.network import Architecture
+from flare_clef.quantised import calibration_from_norms
+from flare_clef.weights import load_weights, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +147,20 @@ def test_a_memory_limit_that_cannot_be_kept_is_refused(tiny_weights):
     small = Segmenter(tiny_weights, precision="fp32", memory_limit_bytes=2**20)
     with pytest.raises(UserError, match="raise --memory-limit"):
         small.predict(body_hu(), spacing_mm=(1, 1, 1))
+
+
+def test_calibrated_layers_that_8_bits_do_not_fit_leave_auto_the_others(tmp_path, monkeypatch):
+    network = lively_network()
+    assert not fits_int8(network.architecture) and fits_int8(Architecture())
+    asked = []
+
+    def choose(wanted, device, threads, *, calibrated):
+        asked.append(calibrated)
+        return "fp32", "a test"
+
+    monkeypatch.setattr("flare_clef.segmenter.choose_precision", choose)
+    path = tmp_path / "w.safetensors"
+    save_weights(path, network, grid=TINY_GRID, calibration=calibration_from_norms(network))
+    assert load_weights(path).calibration is not None
+    Segmenter(path)
+    assert asked == [False]

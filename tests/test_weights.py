@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from flare_clef.calibration import tensor_shapes
 from flare_clef.errors import UserError
 from flare_clef.paths import checksum
-from flare_clef.weights import load_weights, save_weights
+from flare_clef.weights import load_weights, round_as_stored, save_weights
 
 
 def _rewrite(source: Path, target: Path, metadata=None, tensors=None) -> Path:
@@ -55,6 +55,19 @@ def test_round_trip_is_exact_in_half_precision(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_rounding_as_stored_leaves_nothing_to_round(tmp_path: Path):
+    network = lively_network()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    round_as_stored(network)
+    after = network.state_dict()
+    assert not torch.equal(after["head.2.weight"], before["head.2.weight"])
+    norm = "backbone.encoder.0.0.norm.running_var"
+    assert torch.equal(after[norm], before[norm])
+    save_weights(tmp_path / "w.safetensors", network)
+    stored = load_weights(tmp_path / "w.safetensors").network().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in stored.items())
+
+
 def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path):
     before = os.umask(0o022)
     try:

@@ -20,20 +20,19 @@ from flare_clef.training.finetuning_plan import FinetuningPlan, Stage
 def draw_order(plan: FinetuningPlan, cases: Sequence[PreparedCase]) -> list[int]:
     """Cases in the order in which steps see them: each in turn, every round in a new order.
 
-    Cases with repeats below 1 begin somewhere in their turn: all of a kind would else come in the
-    same rounds, hundreds of steps apart. With repeats above 1 the case of the most comes in
-    every round, the others in their share of them.
+    Repeats are relative to the largest. Cases with fewer begin somewhere in their turn: all of a
+    kind would else come in the same rounds, hundreds of steps apart.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    weights = torch.tensor([plan.repeats_of(c.case.name) for c in cases])
+    weights = torch.tensor([plan.repeats_of(c.case.name) for c in cases], dtype=torch.float64)
     if not weights.any():
         raise UserError("finetune.repeats: 0 for every case; name at least one with more")
     if not weights.isfinite().all():
         raise UserError("finetune.repeats: not a finite number; name how often a case is drawn")
     # A round has no case twice: its copies would follow each other.
-    weights = weights / weights.max().clamp_min(1)
+    weights = weights / weights.max()
     order: list[int] = []
-    due = torch.rand(len(cases), generator=generator)
+    due = torch.rand(len(cases), generator=generator).double()
     wanted = plan.steps * plan.batch
     while len(order) < wanted:
         due += weights

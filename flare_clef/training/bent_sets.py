@@ -23,7 +23,7 @@ from flare_clef.errors import UserError
 from flare_clef.images import itk_reason, read_image
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.paths import check_writable, checksum
-from flare_clef.scan_files import strip_suffix
+from flare_clef.scan_files import files_of, strip_suffix
 from flare_clef.training.bending import SPACING_MM, bend_towards, bent
 from flare_clef.training.cases import Case, check_pair, read_labels
 from flare_clef.training.datasets import read_json
@@ -98,12 +98,14 @@ def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
 def _entry(label_map: Path, case: Case, checksum_of: Callable[[Path], str]) -> dict[str, Any]:
     """A bent scan in ``cases.json``; by ``made_of`` a later run sees whether it made the same."""
     shapes = strip_suffix(label_map.name)[0]
-    files = [path for path in (label_map, case.image, case.labels, case.chances) if path]
+    volumes = [path for path in (label_map, case.image, case.labels, case.chances) if path]
+    files = [file for path in volumes for file in files_of(path)]
     made_of = json.dumps([*map(checksum_of, files), case.renumbering])
     entry: dict[str, Any] = {
         "organs": list(case.organs),
         "source": f"{case.source or case.name}; bent to the shapes of {shapes}",
         "bent_from": case.bent_from or case.name,
+        "shapes_of": shapes,
         "made_of": hashlib.sha256(made_of.encode()).hexdigest()[:16],
     }
     if case.propagated:
@@ -133,8 +135,10 @@ def _finished(
         for kind in ("images", "labels", "probabilities")
     }
     for name in sorted({*entries, *there["images"], *there["labels"], *there["probabilities"]}):
-        listed_as = entries.get(name)
-        if name not in pairs or listed_as not in (None, _entry(*pairs[name], checksum_of)):
+        known = (entries.get(name) or {}).get("made_of") if name in entries else None
+        if name not in pairs or (
+            name in entries and known != _entry(*pairs[name], checksum_of)["made_of"]
+        ):
             raise UserError(
                 f"{output}: holds images/ or labels/ already, {name} among them, which is not of "
                 "these scans and label maps; remove it or name another folder with --output"
@@ -166,7 +170,13 @@ def bend_all(
     labelled = [case for case in cases if case.labels is not None]
     if not labelled:
         raise UserError("no cases with labels; name a training set with --cases")
-    pairs = {name_of(c, m): (m, c) for m, c in pairs_of(files, labelled, count or len(files))}
+    pairs = {
+        name_of(c, m): (m, c)
+        for m, c in pairs_of(files, labelled, count or len(files))
+        if strip_suffix(m.name)[0] != c.name  # its own shapes: nothing would be bent
+    }
+    if not pairs:
+        raise UserError(f"{maps}: only the label map of the case itself; name those of others")
     checksum_of = functools.cache(_checksum)
     result = BentSet(_finished(output, pairs, checksum_of))
     check_writable(output)

@@ -40,6 +40,18 @@ class Case:
     """Its probability map, uint8 with 255 being 1, on the grid of ``labels``."""
     bent_from: str = ""
     """The case that :mod:`flare_clef.training.bending` made this one of."""
+    shapes_of: str = ""
+    """The label map in whose shapes it was bent."""
+
+    @property
+    def origins(self) -> set[str]:
+        """Names of the cases whose scan or shapes it shows."""
+        return {self.name, self.bent_from, self.shapes_of} - {""}
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Organs that predictions are compared on: those that nobody propagated."""
+        return tuple(name for name in self.organs if name != self.propagated)
 
     @property
     def labelled(self) -> torch.Tensor:

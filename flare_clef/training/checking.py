@@ -10,8 +10,14 @@ import numpy as np
 from flare_clef.organs import ORGAN_BY_NAME, ORGANS
 from flare_clef.training.cases import Case
 
-_SIDES = (("right_kidney", "left_kidney"), ("liver", "spleen"))
+_SIDES = (
+    ("right_kidney", "left_kidney"),
+    ("right_adrenal_gland", "left_adrenal_gland"),
+    ("liver", "spleen"),
+)
 """The first lies on the patient's right of the second."""
+_USUAL_SIDES = (("inferior_vena_cava", "aorta"), ("liver", "stomach"))
+"""Likewise, but variants of these are known: a left vena cava, a stomach behind the liver."""
 
 
 def problems_of(case: Case, counts: np.ndarray, placed: np.ndarray) -> list[str]:
@@ -27,27 +33,37 @@ def problems_of(case: Case, counts: np.ndarray, placed: np.ndarray) -> list[str]
     if beyond:
         listed = ", ".join(f"{organ.name} ({counts[organ.index]})" for organ in beyond)
         found.append(f"voxels of organs that the case doesn't claim to label: {listed}")
+    return found + [
+        f"its {right} lies on the patient's left of its {left}; are image and labels "
+        "mirrored, or the two labels swapped?"
+        for right, left in _mirrored(case, placed, _SIDES)
+    ]
+
+
+def _mirrored(
+    case: Case, placed: np.ndarray, sides: tuple[tuple[str, str], ...]
+) -> list[tuple[str, str]]:
     centres = _centres_x(placed)
-    for right, left in _SIDES:
-        if right not in case.organs or left not in case.organs:
-            continue
-        x_right, x_left = (centres[ORGAN_BY_NAME[name].index] for name in (right, left))
-        if x_right > x_left:
-            found.append(
-                f"its {right} lies on the patient's left of its {left}; are image and labels "
-                "mirrored, or the two labels swapped?"
-            )
-    return found
+    return [
+        pair
+        for pair in sides
+        if set(pair) <= set(case.organs)
+        and centres[ORGAN_BY_NAME[pair[0]].index] > centres[ORGAN_BY_NAME[pair[1]].index]
+    ]
 
 
-def warnings_of(case: Case, counts: np.ndarray) -> list[str]:
-    """What may be true of a patient and should be looked at."""
+def warnings_of(case: Case, counts: np.ndarray, placed: np.ndarray) -> list[str]:
+    """What may be true of a patient and should be looked at; see :func:`problems_of`."""
     if not counts[1 : len(ORGANS) + 1].any():
         return []
+    found = [
+        f"its {right} lies on the patient's left of its {left}; right only in a rare patient"
+        for right, left in _mirrored(case, placed, _USUAL_SIDES)
+    ]
     absent = [name for name in case.organs if not counts[ORGAN_BY_NAME[name].index]]
-    if not absent:
-        return []
-    return [f"no voxel of {', '.join(absent)}; right only if the scan doesn't show it"]
+    if absent:
+        found.append(f"no voxel of {', '.join(absent)}; right only if the scan doesn't show it")
+    return found
 
 
 def _centres_x(placed: np.ndarray) -> np.ndarray:

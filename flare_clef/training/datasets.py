@@ -174,8 +174,9 @@ def _read_ours(folder: Path) -> Dataset:
             made = [organ for organ in propagated if organ in named]
             if made and case.name in chances:
                 case = replace(case, propagated=made[0], chances=chances[case.name])
-            bent_from = str(entry.get("bent_from") or "")
-            kept.append(replace(case, organs=named, source=source, bent_from=bent_from))
+            scan, shapes = (str(entry.get(key) or "") for key in ("bent_from", "shapes_of"))
+            case = replace(case, organs=named, source=source, bent_from=scan, shapes_of=shapes)
+            kept.append(case)
     return Dataset(tuple(kept), tuple(problems))
 
 
@@ -269,7 +270,7 @@ def _renumbering(labels: Any, listed: Path) -> tuple[tuple[int, int], ...]:
         name, number = (value, key) if isinstance(value, str) else (key, value)
         if isinstance(number, list):
             raise UserError(f"{listed}: labels: {name} is a region of several values; give one")
-        if not str(number).isdigit() or int(number) > 255:
+        if not str(number).isdecimal() or int(number) > 255:
             raise UserError(f"{listed}: labels: {name} = {number!r}; must be 0 to 255")
         index = _index_of(name)
         if index is None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safetensors import SafetensorError
 
 from flare_clef.calibration import Calibration
 from flare_clef.errors import UserError, one_line
+from flare_clef.integer_convolution import fits_int8
 from flare_clef.network import SegmentationNetwork
 from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.provenance import PRETRAINING_CASES, trained_on
+from flare_clef.training.provenance import (
+    PRETRAINING_CASES,
+    START_TRAINED_ON,
+    TRAINED_ON,
+    trained_on,
+)
 from flare_clef.training.validation import DiceTable, means
 from flare_clef.weights import save_weights
 
@@ -35,19 +42,24 @@ def export(
     calibration: Calibration | None = None,
     operating_points: dict[str, float] | None = None,
     mean_with: Sequence[dict[str, Any]] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Writes ``network`` with the record of how it was made and what it reached.
 
     ``description`` is the run's (:func:`flare_clef.training.provenance.describe`), ``table``
     the trainer's validation, ``mean_with`` the records of the other weights of which ``network``
-    is the mean. Raises UserError, and writes nothing, where ``predict`` with the file does not
-    repeat that table on the first case kept aside.
+    is the mean; ``say`` is told what 8-bit inference loses on the first case kept aside. Raises
+    UserError, and writes nothing, where ``predict`` with the file does not repeat that table on
+    it.
     """
     recipe = without_places(description["recipe"])
     seen: dict[str, str] = {}
+    before: dict[str, str] = {}
     for other in mean_with:
-        seen.update(other.get("trained_on", {}))
+        seen.update(other.get(TRAINED_ON, {}))
+        before.update(other.get(START_TRAINED_ON, {}))
     seen.update(trained_on(description))
+    before.update(description.get(START_TRAINED_ON, {}))
     record: dict[str, Any] = {
         **description["versions"],
         "machine": description["machine"]["processor"],
@@ -55,7 +67,8 @@ def export(
         "hours": round(hours, 2),
         "recipe": recipe,
         "source": description["source"],
-        "trained_on": seen,
+        TRAINED_ON: seen,
+        **({START_TRAINED_ON: before} if before else {}),
         **_earlier(description),
         **_parts(mean_with),
         "validation_dice": table,
@@ -75,6 +88,8 @@ def export(
         )
         if judged := [case for case in kept_aside if case.name in table]:
             check_prediction(candidate, judged[0], table, precision)
+            if calibration is not None and fits_int8(network.architecture):
+                say(_in_8_bits(candidate, judged[0], table))
         os.replace(candidate, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
@@ -122,8 +137,8 @@ def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str) -> None:
-    """Compares what ``predict`` gives for ``case`` with the trainer's row of ``table``."""
+def _dice_of(weights: Path, case: Case, precision: str) -> dict[str, float]:
+    """Dice of what ``predict`` gives for ``case``."""
     import SimpleITK as sitk
 
     from flare_clef.metrics import dice_per_organ
@@ -132,7 +147,22 @@ def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str
     predicted = Segmenter(weights, device="cpu", precision=precision).predict(case.image)
     labels, truth = sitk.GetArrayFromImage(predicted), read_labels(case).array
     labels[truth == UNDECIDED] = 0
-    found = dice_per_organ(labels, truth, case.organs)
+    return dice_per_organ(labels, truth, case.judged)
+
+
+def _in_8_bits(weights: Path, case: Case, table: DiceTable) -> str:
+    found, expected = _dice_of(weights, case, "int8"), table[case.name]
+    lost = {organ: found.get(organ, 0.0) - value for organ, value in expected.items()}
+    worst = min(lost, key=lost.__getitem__)
+    return (
+        f"8-bit inference on {case.name}: mean DSC {fmean(lost.values()):+.4f}, "
+        f"{worst} {lost[worst]:+.4f}"
+    )
+
+
+def check_prediction(weights: Path, case: Case, table: DiceTable, precision: str) -> None:
+    """Compares what ``predict`` gives for ``case`` with the trainer's row of ``table``."""
+    found = _dice_of(weights, case, precision)
     expected = table[case.name]
     for organ in sorted(found.keys() | expected.keys()):
         one, two = found.get(organ, 0.0), expected.get(organ, 0.0)

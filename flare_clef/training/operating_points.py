@@ -58,7 +58,8 @@ def find_operating_points(
     for case in cases:
         batch = batch_of(case, whole, torch.Generator())
         logits = folded(batch.image[0, 0])
-        tables.append(dice_by_offset(logits, batch.labels.numpy(), batch.labelled.numpy()))
+        judged = np.array([organ.name in case.case.judged for organ in ORGANS])
+        tables.append(dice_by_offset(logits, batch.labels.numpy(), judged))
     return choose(np.stack(tables))
 
 

@@ -170,7 +170,7 @@ def _draw_plane(
         organ = ORGAN_BY_NAME[name]
         for plane, style, width in ((truth, "dashed", 1.0), (guess, "solid", 1.3)):
             mask = plane == organ.index
-            if mask.any():
+            if mask.any() and min(mask.shape) > 1:  # matplotlib draws none through a single row
                 panel.contour(
                     x, y, mask, [0.5], colors=[_colour(organ)], linestyles=style, linewidths=width
                 )

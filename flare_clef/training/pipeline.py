@@ -9,18 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flare_clef.errors import UserError
-from flare_clef.network import SegmentationNetwork, UNet
+from flare_clef.network import SegmentationNetwork
 from flare_clef.organs import ORGANS
 from flare_clef.training import provenance
-from flare_clef.training.backbone import BACKBONE, load_start, save_backbone
-from flare_clef.training.before import judge_start, means_before
+from flare_clef.training.backbone import BACKBONE, save_backbone
 from flare_clef.training.calibration import calibrate_on
 from flare_clef.training.cases import Case
 from flare_clef.training.curves import write_curves
@@ -32,11 +31,19 @@ from flare_clef.training.overlays import BestAndWorst
 from flare_clef.training.pretraining import Pretraining
 from flare_clef.training.processes import rank, wait
 from flare_clef.training.progress import TrainingProgress
+from flare_clef.training.recipe import Recipe
 from flare_clef.training.run import Run, split
+from flare_clef.training.start import (
+    find_start,
+    judge_start,
+    learnt_before,
+    means_before,
+    warn_of_learnt,
+)
 from flare_clef.training.tensorboard import TensorBoardLog
 from flare_clef.training.validation import DiceTable, means, validate
 from flare_clef.training.weights_mean import load_others, take_mean
-from flare_clef.weights import Weights
+from flare_clef.weights import Weights, round_as_stored
 
 WEIGHTS = "weights.safetensors"
 CURVES_EVERY_SECONDS = 300
@@ -102,7 +109,6 @@ def finetune(run: Run) -> Path:
             "finetune.patience_epochs: early stopping needs cases kept aside; set data.folds or "
             "data.validation"
         )
-    provenance.check_split(run.folder, aside)
     plan = plan.for_cases(len(prepared))
 
     def judge(network: SegmentationNetwork, grid: int) -> DiceTable:
@@ -126,12 +132,25 @@ def finetune(run: Run) -> Path:
         validate_at=range(every, plan.steps, every),
         device=run.device,
     )
+    if trainer.step:
+        provenance.check_split(run.folder, aside)
     finished = trainer.ended or trainer.step >= plan.steps
-    description = run.describe(cases, kept_aside=aside, finished=finished)
+    description = run.describe(
+        [*trained, *aside],
+        kept_aside=aside,
+        begun=trainer.step > 0,
+        finished=finished,
+        start_trained_on=learnt_before(run, start, aside),
+    )
     run.say(
         f"fine-tuning: {len(trained)} case(s), {len(aside)} kept aside, "
         + ("all steps done before" if finished else f"{plan.steps} steps at most")
     )
+    if (last := plan.stages[-1]).block and last.freeze_after >= 1:
+        run.say(
+            "warning: the last stage is in blocks and never freezes (freeze_after): predict will "
+            "see whole bodies with the normalisation statistics of blocks"
+        )
     if aside and plan.start and isinstance(start, SegmentationNetwork):
         judge_start(run, trainer, aside)
     with _shown(run, trainer, plan.steps):
@@ -149,6 +168,7 @@ def export_run(run: Run) -> Path:
     trained, aside = split(run, cases)
     provenance.check_split(run.folder, aside)
     description = provenance.read_run(run.folder)
+    run.recipe = as_trained(run)
     trainer = Finetuning(
         run.recipe.finetune,
         run.prepare([*trained, *aside])[: len(trained)],
@@ -159,8 +179,9 @@ def export_run(run: Run) -> Path:
     if trainer.step == 0:
         raise UserError(f"{run.folder}: no checkpoint of a fine-tuning; run train finetune first")
     path = run.folder / WEIGHTS
-    # This may be decided after the training.
-    description["recipe"]["export"] = asdict(run.recipe.export)
+    # What is exported how may be decided after the training.
+    taken = provenance.as_json(run.recipe)
+    description["recipe"].update({key: taken[key] for key in ("network", "finetune", "export")})
     _export(run, trainer, trainer.result(), description, (trained, aside), path)
     return path
 
@@ -178,6 +199,8 @@ def _export(
     grid = run.recipe.finetune.stages[-1].grid
     others = _others(run)
     network = network.cpu()
+    for weights in others:
+        warn_of_learnt(run, weights.path.name, weights.record, aside)
     take_mean(network, others)
     points = dict(run.recipe.export.offsets)
     if points:
@@ -185,10 +208,12 @@ def _export(
     if run.recipe.export.operating_points:
         chosen, whose = (aside, "case(s) kept aside") if aside else (trained, "training case(s)")
         points = _move_to_operating_points(run, network, chosen, whose, grid)
+    # What is judged is what the file will hold.
+    round_as_stored(network)
     shown = BestAndWorst()
     precision = run.precision_on_cpu
     table = validate(network, aside, grid, precision, on_case=shown.see) if aside else {}
-    before = means_before(run.folder)
+    before = means_before(run.folder, table)
     for organ, value in means(table).items():
         was = f"  (before {before[organ]:.3f})" if organ in before else ""
         run.say(f"  {organ:22s} {value:.3f}{was}")
@@ -197,8 +222,10 @@ def _export(
         run.draw(lambda: shown.write(run.folder / "validation", trainer.step))
         run.draw(lambda: write_curves(run.folder))
     calibration = None
-    if count := min(run.recipe.export.calibration_volumes, len(trained)):
-        run.say(f"calibrating 8-bit inference on {count} training volume(s)")
+    wanted = run.recipe.export.calibration_volumes
+    if count := min(wanted, len(trained)):
+        fewer = f" ({wanted} asked for)" if count < wanted else ""
+        run.say(f"calibrating 8-bit inference on {count} training volume(s){fewer}")
         # Spread over the cases, whose names often follow their sources.
         chosen = [trained[round(i * (len(trained) - 1) / max(1, count - 1))] for i in range(count)]
         calibration = calibrate_on(network, run.prepare_here(chosen), grid)
@@ -214,6 +241,7 @@ def _export(
         steps=trainer.step,
         hours=trainer.seconds / 3600,
         mean_with=[weights.record for weights in others],
+        say=run.say,
     )
     run.say(f"wrote {path}")
 
@@ -238,20 +266,14 @@ def _others(run: Run) -> list[Weights]:
     return load_others(files, run.recipe.network)
 
 
-def find_start(run: Run) -> SegmentationNetwork | UNet | None:
-    """What fine-tuning begins with: ``finetune.start``, else the run's own pre-training."""
-    named = run.recipe.finetune.start
-    if named:
-        return load_start(run.base / named, run.recipe.network)
-    if run.recipe.pretrain is None:
-        return None
-    path = run.folder / "pretraining" / BACKBONE
-    if not path.is_file():
-        raise UserError(
-            f"{path}: not there; run train pretrain first, or leave it out with "
-            "--set pretrain=false"
-        )
-    return load_start(path, run.recipe.network)
+def as_trained(run: Run) -> Recipe:
+    """The recipe given, with the network and the training that the run had: those made it."""
+    given, own = run.recipe, provenance.finetuned_with(run.folder)
+    for key in ("network", "finetune"):
+        if getattr(given, key) != getattr(own, key):
+            run.say(f"warning: [{key}] differs from the recipe of this run, which is taken")
+    data = replace(given.data, grid=own.data.grid)
+    return replace(given, network=own.network, finetune=own.finetune, data=data)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from flare_clef.images import Image, read_image
 from flare_clef.limits import available_memory_bytes, usable_cores
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.preparation import prepare
+from flare_clef.scan_files import files_of
 from flare_clef.training.cases import (
     IMAGE_FILE,
     LABELS_FILE,
@@ -147,7 +148,12 @@ class Store:
         return Made(PreparedCase(case, entry, spacing), warnings)
 
     def _key(self, case: Case) -> str:
-        files = [self.checksum(path) for path in (case.image, case.labels) if path is not None]
+        files = [
+            self.checksum(file)
+            for path in (case.image, case.labels)
+            if path is not None
+            for file in files_of(path)
+        ]
         # What the case claims decides whether it is refused: a refused claim must not be
         # answered by an entry made under another one.
         parts = [STORE_FORMAT, self.grid, *files, sorted(case.organs), case.renumbering]
@@ -203,7 +209,7 @@ def _make(case: Case, grid: int, folder: Path) -> None:
         problems = problems_of(case, counts, placed)
         if problems:
             raise CaseProblems([f"{case.labels}: {problem}" for problem in problems])
-        warnings += [("labels", warning) for warning in warnings_of(case, counts)]
+        warnings += [("labels", warning) for warning in warnings_of(case, counts, placed)]
         if case.chances is not None:
             chance = place_labels(_read_chance(case.chances, labels), placement)
             placed = with_doubt(placed, chance, ORGAN_BY_NAME[case.propagated].index)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from flare_clef.errors import UserError
+from flare_clef.scan_files import files_of
 from flare_clef.training.cases import Case
 from flare_clef.training.preparing import Store
 from flare_clef.training.processes import world_size
@@ -27,6 +28,9 @@ from flare_clef.version import __version__
 
 FILE_NAME = "run.json"
 CASES, PRETRAINING_CASES, KEPT_ASIDE = "cases", "pretraining_cases", "kept_aside"
+TRAINED_ON, START_TRAINED_ON = "trained_on", "start_trained_on"
+_FINETUNED_WITH = "finetuned_with"
+"""The recipe, which a later pre-training in the folder does not touch."""
 
 
 def describe(
@@ -44,8 +48,10 @@ def describe(
 
     Raises UserError where a file of theirs cannot be read.
     """
+    aside = {case.name for case in kept_aside}
+    learnt = [c for c in cases.get(CASES, ()) if recipe.finetune.repeats_of(c.name) > 0]
     return {
-        "recipe": _as_json(recipe),
+        "recipe": as_json(recipe),
         "versions": {
             "flare_clef": __version__,
             "python": platform.python_version(),
@@ -59,12 +65,18 @@ def describe(
         },
         "source": source_state(Path(__file__).parent),
         **{what: _as_listed(some, store) for what, some in cases.items()},
-        **({KEPT_ASIDE: sorted(case.name for case in kept_aside)} if CASES in cases else {}),
+        **({
+            _FINETUNED_WITH: as_json(recipe),
+            KEPT_ASIDE: sorted(aside),
+            TRAINED_ON: {case.name: case.source for case in learnt if case.name not in aside},
+        } if CASES in cases else {}),
     }  # fmt: skip
 
 
 def trained_on(description: dict[str, Any]) -> dict[str, str]:
-    """Source by name of the cases that a fine-tuning with this description trained on."""
+    """Source by name of all cases that a fine-tuning with this description has trained on."""
+    if TRAINED_ON in description:
+        return description[TRAINED_ON]  # type: ignore[no-any-return]
     aside = description.get(KEPT_ASIDE, ())
     listed = description.get(CASES, {})
     return {name: case["source"] for name, case in listed.items() if name not in aside}
@@ -77,15 +89,17 @@ def _as_listed(cases: Sequence[Case], store: Store) -> dict[str, Any]:
             "source": case.source,
             "sha256": {
                 path.name: store.checksum(path)
-                for path in (case.image, case.labels, case.chances)
-                if path is not None
+                for volume in (case.image, case.labels, case.chances)
+                if volume is not None
+                for path in files_of(volume)
             },
         }
         for case in cases
     }
 
 
-def _as_json(recipe: Recipe) -> Any:
+def as_json(recipe: Recipe) -> Any:
+    """A recipe as the record has it."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
@@ -115,7 +129,7 @@ def write_run(run: Path, description: dict[str, Any]) -> tuple[dict[str, Any], l
     if path.is_file():
         former = read_run(run)
         # Built anew: keys that are younger than the run have the value they had then.
-        keys = _differences(_as_json(recipe_of(run)), description["recipe"])
+        keys = _differences(as_json(recipe_of(run)), description["recipe"])
         changes = [f"{key} differs from the recipe this run began with" for key in keys]
         changes += data_changes(former, description)
         earlier = former.pop("earlier", [])
@@ -140,6 +154,42 @@ def data_changes(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
         if what in former and what in present
         for line in _case_changes(former[what], present[what])
     ]
+
+
+def changes_of_training(former: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """A line for each difference that would have led to other parameters."""
+    recipes = [as_json(_finetuned_with(one)) for one in (former, present)]
+    keys = [
+        key
+        for key in _differences(*recipes)
+        if not key.startswith(("export", "data.folders", "data.unlabelled", "validate_every"))
+    ]
+    lines = [f"{key} differs from the recipe this run began with" for key in keys]
+    return data_changes(former, present) + lines
+
+
+def _finetuned_with(description: dict[str, Any]) -> Recipe:
+    value = description.get(_FINETUNED_WITH, description["recipe"])
+    # Built anew: keys that are younger than the run have the value they had then.
+    recipe: Recipe = build(Recipe, value, FILE_NAME)
+    return recipe
+
+
+def finetuned_with(run: Path) -> Recipe:
+    """The resolved recipe of the last fine-tuning in the folder of a run."""
+    return _finetuned_with(read_run(run))
+
+
+def same_scans(
+    trained: Sequence[Case], aside: Sequence[Case], store: Store
+) -> list[tuple[str, str]]:
+    """Names of a case kept aside and one trained on whose scans are the same files' contents."""
+
+    def contents(case: Case) -> tuple[str, ...]:
+        return tuple(store.checksum(path) for path in files_of(case.image))
+
+    known = {contents(case): case.name for case in trained}
+    return [(c.name, known[contents(c)]) for c in aside if contents(c) in known]
 
 
 def check_split(run: Path, aside: Sequence[Case]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,8 @@ def problem_of(recipe: Recipe) -> str | None:
             (f"{where}.freeze_after", stage.freeze_after, 0 <= stage.freeze_after <= 1, "0 to 1"),
             (f"{where}.learning_rate", min(stage.learning_rate), min(stage.learning_rate) > 0,
              "above 0"),
+            (f"{where}.learning_rate", max(stage.learning_rate),
+             math.isfinite(max(stage.learning_rate)), "a finite number"),
         ]  # fmt: skip
         if stage.augmentation is not None:
             rules += _augmentation_rules(f"{where}.augmentation", stage.augmentation)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flare_clef.errors import UserError
+from flare_clef.errors import UserError, one_line
 from flare_clef.training import provenance
 from flare_clef.training.cases import Case, PreparedCase
 from flare_clef.training.datasets import read_datasets
@@ -117,13 +117,16 @@ class Run:
         what: str = provenance.CASES,
         kept_aside: Sequence[Case] = (),
         *,
+        begun: bool = False,
         finished: bool = False,
+        start_trained_on: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Writes and returns the run's record; says what changed since it began.
 
-        ``what`` the cases are for: a key of the record; ``kept_aside`` are among them. Only the
+        ``what`` the cases are for: a key of the record; ``kept_aside`` are among them; ``begun``:
+        steps were done before; ``start_trained_on``: what the start has learnt from. Only the
         first process has it. Raises UserError where a ``finished`` run, which learns nothing
-        more, had other cases.
+        more, had other cases or another recipe.
         """
         if rank():
             return {}
@@ -132,14 +135,23 @@ class Run:
             self.recipe, {what: cases}, store, self.precision, self.device.type,
             kept_aside=kept_aside,
         )  # fmt: skip
+        learnt = [case for case in cases if case not in kept_aside]
+        for one, other in provenance.same_scans(learnt, kept_aside, store):
+            self.say(f"warning: {one}, kept aside, is the same scan as {other}, trained on")
         store.save_checksums()
-        if finished and (self.folder / provenance.FILE_NAME).is_file():
+        if start_trained_on:
+            described[provenance.START_TRAINED_ON] = dict(start_trained_on)
+        if begun and (self.folder / provenance.FILE_NAME).is_file():
             former = provenance.read_run(self.folder)
-            if changes := provenance.data_changes(former, described):
+            changes = provenance.changes_of_training(former, described) if finished else []
+            if changes:
                 raise UserError(
                     f"{self.folder}: this run has done all its steps, and {changes[0]}; name "
                     "another folder with --output, or give it more steps"
                 )
+            # Cases that were taken out since have been learnt from all the same.
+            seen = provenance.trained_on(former)
+            described[provenance.TRAINED_ON] = {**seen, **described[provenance.TRAINED_ON]}
         described, changes = provenance.write_run(self.folder, described)
         for change in changes:
             self.say(f"warning: {change}")
@@ -161,15 +173,17 @@ class Run:
             picture()
         except UserError as error:
             self.say(f"warning: {error}")
+        except Exception as error:  # of matplotlib: hours of steps are worth more than a picture
+            self.say(f"warning: a picture of the training cannot be drawn ({one_line(error)})")
 
 
 def split(run: Run, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Cases to train on, and those kept aside, of which no bent copy is trained on either."""
     aside = run.recipe.data.kept_aside(case.name for case in cases if not case.bent_from)
-    trained = [case for case in cases if not aside & {case.name, case.bent_from}]
+    trained = [case for case in cases if not aside & case.origins]
     copies = len(cases) - len(trained) - len(aside)
     if copies:
-        run.say(f"{copies} bent scan(s) of cases kept aside are left out")
+        run.say(f"{copies} bent scan(s) of cases kept aside, or in their shapes, are left out")
     if cases and not trained:
         raise UserError(
             f"data.validation keeps all {len(cases)} labelled case(s) aside; leave some to train on"

@@ -17,7 +17,7 @@ from flare_clef.training.cases import Case, read_labels
 from flare_clef.training.doubt import UNDECIDED
 
 DiceTable = dict[str, dict[str, float]]
-"""Dice by case and organ; organs that a case has no labels for are left out."""
+"""Dice by case and organ; organs that a case has no labels by people for are left out."""
 
 
 def validate(
@@ -42,7 +42,7 @@ def validate(
             continue
         labels = found.labels
         labels[reference.array == UNDECIDED] = 0
-        scores = dice_per_organ(labels, reference.array, case.organs)
+        scores = dice_per_organ(labels, reference.array, case.judged)
         table[case.name] = {name: round(value, 4) for name, value in scores.items()}
         if on_case is not None:
             on_case(case, labels, reference.array, table[case.name])

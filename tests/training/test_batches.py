@@ -36,3 +36,7 @@ def test_only_the_ratio_counts():
 def test_an_endless_number_is_refused():
     with pytest.raises(UserError, match=r"finetune.repeats: not a finite number"):
         order(a=math.inf)
+
+
+def test_a_share_too_small_for_single_precision_ends():
+    assert sorted(order(steps=3, a=1e-8, b=1e-8, c=1e-8)) == [0, 1, 2]

@@ -24,7 +24,7 @@ from flare_clef.training.bent_sets import bend_all, pairs_of
 from flare_clef.training.cases import Case, prepare_case
 from flare_clef.training.datasets import read_dataset
 from flare_clef.training.doubt import UNDECIDED
-from flare_clef.training.recipe import load_recipe
+from flare_clef.training.recipe import DataSettings, load_recipe
 from flare_clef.training.registration import Grid, OrganMaps, organ_maps_of
 from flare_clef.training.run import Run, split
 
@@ -198,6 +198,7 @@ def test_what_is_written_is_a_training_set(run, tmp_path: Path) -> None:  # type
         "p_as_m3": "p", "q_as_m3": "q", "q_as_m4": "q",
     }  # fmt: skip
     assert not cases["q_as_m4"].propagated
+    assert {case.shapes_of for case in cases.values()} == {"m3", "m4"}
     for case in cases.values():
         prepare_case(case, tmp_path / "store", 32)
     assert doubtful.labels is not None
@@ -224,7 +225,20 @@ def test_no_bent_copy_of_a_case_kept_aside_is_trained_on(run, aside: str, tmp_pa
     (other,) = {"p", "q"} - {case.name for case in kept}
     assert {case.bent_from or case.name for case in trained} == {other}
     assert len(trained) == (2 if other == "p" else 3)
-    assert said == [f"{5 - 1 - len(trained)} bent scan(s) of cases kept aside are left out"]
+    left_out = 5 - 1 - len(trained)
+    assert said == [
+        f"{left_out} bent scan(s) of cases kept aside, or in their shapes, are left out"
+    ]
+
+
+def test_a_scan_in_the_shapes_of_a_case_kept_aside_is_left_out() -> None:
+    shaped = Case("p_as_v", Path(), Path(), ("liver",), bent_from="p", shapes_of="v")
+    cases = [Case(name, Path(), Path(), ("liver",)) for name in "pqv"] + [shaped]
+    data = DataSettings(validation=("v",))
+    recipe = SimpleNamespace(data=data, finetune=SimpleNamespace(repeats={}))
+    run = cast(Run, SimpleNamespace(recipe=recipe, say=lambda line: None))
+    assert [case.name for case in split(run, cases)[0]] == ["p", "q"]
+    assert shaped.origins == {"p_as_v", "p", "v"}
 
 
 def _written(folder: Path) -> dict[str, int]:
@@ -378,3 +392,14 @@ def test_no_labelled_case(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1 and "no cases with labels" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_case_is_bent_to_its_own_shapes(tmp_path: Path) -> None:
+    write_training_set(tmp_path / "cases", {"p": body_labels(0)}, {"p": ORGANS})
+    command = [
+        *("train", "bend", "--shapes", str(tmp_path / "cases" / "labels")),
+        *("--cases", str(tmp_path / "cases"), "--output", str(tmp_path / "out")),
+    ]
+    refused = CliRunner().invoke(app, command)
+    assert "only the label map of the case itself" in str(refused.exception)
+    assert not (tmp_path / "out" / "images").exists()

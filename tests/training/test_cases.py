@@ -106,7 +106,7 @@ def test_origins_may_differ_by_rounding(tmp_path: Path):
 def _judge(labels: np.ndarray, *organs: str) -> tuple[list[str], list[str]]:
     case = Case("a", Path("a_0000.nii.gz"), Path("a.nii.gz"), organs)
     counts = histogram(labels)
-    return problems_of(case, counts, labels), warnings_of(case, counts)
+    return problems_of(case, counts, labels), warnings_of(case, counts, labels)
 
 
 def test_sides_of_the_body():
@@ -116,6 +116,17 @@ def test_sides_of_the_body():
     assert "its right_kidney lies on the patient's left of its left_kidney" in problem
     (problem,), _ = _judge(label_map(liver=LEFT, spleen=MIDDLE), "liver", "spleen")
     assert "liver lies on the patient's left of its spleen" in problem
+    glands = "right_adrenal_gland", "left_adrenal_gland"
+    (problem,), _ = _judge(label_map(right_adrenal_gland=LEFT, left_adrenal_gland=RIGHT), *glands)
+    assert "its right_adrenal_gland lies on the patient's left" in problem
+
+
+def test_sides_that_some_patients_have_otherwise():
+    vessels = "inferior_vena_cava", "aorta"
+    assert _judge(label_map(inferior_vena_cava=RIGHT, aorta=MIDDLE), *vessels) == ([], [])
+    problems, (warning,) = _judge(label_map(inferior_vena_cava=LEFT, aorta=MIDDLE), *vessels)
+    assert problems == []
+    assert "its inferior_vena_cava lies on the patient's left of its aorta" in warning
 
 
 def test_organs_beyond_and_below_the_claim():

@@ -151,6 +151,7 @@ def test_nnunet_names_are_mapped_to_ours(tmp_path: Path, labels: dict):
         ({"labels": {"liver": [1, 2]}}, "liver is a region of several values"),
         ({"labels": {"liver": 1, "Liver": 2}}, "two of them mean liver"),
         ({"labels": {"liver": 700}}, "liver = 700; must be 0 to 255"),
+        ({"labels": {"\u00b2": "liver"}}, "liver = '\u00b2'; must be 0 to 255"),
         ({"labels": {"background": 0, "liver": 0}}, "liver = 0; 0 is the background"),
         ({"labels": {"liver": 0}}, "liver = 0; 0 is the background"),
         ({"labels": {"liver": 1, "spleen": 1}}, "spleen = 1, and another too; one a value"),

@@ -88,21 +88,31 @@ def test_a_recipe_alone_runs_all_stages(folder: Path):
 
     # Once more: nothing is trained again, the weights are the same.
     before = (run / "metrics.jsonl").read_text()
-    again = call(folder, "run", str(folder / "r.toml"), "--output", str(run))
+    seed, notes = ("--set", "finetune.seed=3"), ("--set", 'export.notes="late"')
+    recipe = (str(folder / "r.toml"), "--output", str(run))
+    again = call(folder, "run", *recipe, *seed, *notes)
     assert again.exit_code == 0, again.output
-    assert "finetune.seed differs from the recipe this run began with" in again.output
+    assert "export.notes differs from the recipe this run began with" in again.output
     assert again.output.count("differs from the recipe") == 1
+    assert "all steps done before" in again.output
     assert (run / "metrics.jsonl").read_text() == before
     # What the weights were made by stays.
     now = json.loads((run / "run.json").read_text())
-    assert now["recipe"]["finetune"]["seed"] == 0
-    assert [one["recipe"]["finetune"]["seed"] for one in now["earlier"]] == [3]
+    assert now["recipe"]["export"]["notes"] == "late"
+    assert [one["recipe"]["export"]["notes"] for one in now["earlier"]] == [""]
     repeated = load_weights(run / "weights.safetensors").record
-    assert [one["finetune"]["seed"] for one in repeated["earlier_recipes"]] == [3]
+    assert [one["export"]["notes"] for one in repeated["earlier_recipes"]] == [""]
+    # With another seed these would be other weights.
+    refused = call(folder, "run", *recipe)
+    assert "has done all its steps, and finetune.seed differs" in str(refused.exception)
+    assert load_weights(run / "weights.safetensors").record == repeated
 
     (run / "weights.safetensors").unlink()
     exported = call(folder, "export", str(folder / "r.toml"), "--output", str(run))
     assert exported.exit_code == 0, exported.output
+    # Seed and all else that made the network are the run's, whatever is given now.
+    assert "[finetune] differs from the recipe of this run, which is taken" in exported.output
+    assert load_weights(run / "weights.safetensors").record["recipe"]["finetune"]["seed"] == 3
     written = load_weights(run / "weights.safetensors")
     assert written.record["steps"] == record["steps"] and written.calibration is None
     arguments = ("export", str(folder / "r.toml"), "--output", str(run), "--calibrate")
@@ -269,6 +279,46 @@ def test_the_start_is_judged_and_a_finished_run_takes_no_other_cases(folder: Pat
     )
     assert "trained on c1, which would be kept aside now" in str(other.exception)
     assert before == ((run / "run.json").read_bytes(), (run / "weights.safetensors").read_bytes())
+
+
+def test_what_a_run_has_learnt_from_is_not_forgotten(folder: Path, tmp_path: Path):
+    data = make_folder(tmp_path / "data", 4)
+    run = ("--output", str(tmp_path / "run"))
+    stages = "finetune.stages=[{{grid=32, steps={}, block=16}}]"
+    done = call(folder, "finetune", *_with(folder, data, stages.format(2)), *run)
+    assert done.exit_code == 0, done.output
+    assert "the last stage is in blocks and never freezes" in done.output
+    # c1 is taken out, the run goes on; then it comes back, kept aside.
+    entries = json.loads((data / "cases.json").read_text())
+    for part, name in (("images", "c1_0000.nii.gz"), ("labels", "c1.nii.gz")):
+        (data / part / name).rename(tmp_path / f"{part}_{name}")
+    done = call(folder, "finetune", *_with(folder, data, stages.format(3)), *run)
+    assert done.exit_code == 0, done.output
+    record = load_weights(tmp_path / "run" / "weights.safetensors").record
+    assert record["trained_on"].keys() == {"c0", "c1", "c3"} == entries.keys() - {"c2"}
+    for part, name in (("images", "c1_0000.nii.gz"), ("labels", "c1.nii.gz")):
+        (tmp_path / f"{part}_{name}").rename(data / part / name)
+    aside = ("--set", 'data.validation=["c1", "c2"]')
+    refused = call(folder, "finetune", *_with(folder, data, stages.format(4)), *aside, *run)
+    assert "trained on c1, which would be kept aside now" in str(refused.exception)
+
+    # Another run that starts from its weights: allowed, but said and noted.
+    start = f'finetune.start="{tmp_path / "run" / "weights.safetensors"}"'
+    other = ("--output", str(tmp_path / "other"))
+    done = call(folder, "finetune", *_with(folder, data, stages.format(1), start), *aside, *other)
+    assert done.exit_code == 0, done.output
+    assert "weights.safetensors has learnt from c1, kept aside" in done.output
+    record = load_weights(tmp_path / "other" / "weights.safetensors").record
+    assert record["trained_on"].keys() == {"c0", "c3"}
+    assert record["start_trained_on"].keys() == {"c0", "c1", "c3"}
+
+
+def test_one_scan_under_two_names_is_noticed(folder: Path, tmp_path: Path):
+    data = make_folder(tmp_path / "data", 3)
+    (data / "images" / "c2_0000.nii.gz").write_bytes((data / "images/c0_0000.nii.gz").read_bytes())
+    stages = "finetune.stages=[{grid=32, steps=1}]"
+    done = call(folder, "finetune", *_with(folder, data, stages), "--output", str(tmp_path / "run"))
+    assert "warning: c2, kept aside, is the same scan as c0, trained on" in done.output
 
 
 def test_pretraining_never_sees_what_is_kept_aside(folder: Path, tmp_path: Path):

@@ -279,3 +279,15 @@ def test_real_slabs_pass_every_check(tmp_path: Path):
     assert all("esophagus" in warning for warning in result.warnings)
     for case in result.prepared:
         assert {2, 13} <= set(np.unique(case.labels).tolist())
+
+
+def test_changed_voxels_beside_a_header_are_noticed(tmp_path: Path):
+    labels = write_scan(tmp_path / "labels.mhd", liver())
+    image = write_scan(tmp_path / "scan.mhd", body_hu(SHAPE))
+    case = Case("a", image, labels, ("liver",))
+    first = prepare_case(case, tmp_path / "store", 16)
+    assert prepare_case(case, tmp_path / "store", 16).folder == first.folder
+    write_scan(labels, label_map(liver=MIDDLE))  # the same header, other voxels
+    second = prepare_case(case, tmp_path / "store", 16)
+    assert second.folder != first.folder
+    assert not np.array_equal(second.labels, first.labels)

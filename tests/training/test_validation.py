@@ -60,3 +60,11 @@ def test_means_by_hand():
     found = means(table)
     assert found == {"liver": pytest.approx(0.6), "aorta": 1.0, "mean": pytest.approx(0.8)}
     assert means({}) == {}
+
+
+def test_organs_that_were_propagated_are_not_judged(tmp_path: Path):
+    path = write_scan(tmp_path / "a_0000.nii.gz", body_hu())
+    labels = write_scan(tmp_path / "a.nii.gz", np.full(body_hu().shape, 12, np.uint8))
+    case = Case("a", path, labels, ("liver", "duodenum"), propagated="duodenum")
+    assert case.judged == ("liver",)
+    assert validate(lively_network(), [case], TINY_GRID, "fp32")["a"].keys() == {"liver"}
