@@ -36,6 +36,7 @@ class Run:
     quiet: bool = False
     _propagated: bool = field(default=False, init=False)
     _found: list[Case] | None = field(default=None, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
 
     @property
     def precision_on_cpu(self) -> str:
@@ -104,7 +105,9 @@ class Run:
         """:meth:`prepare` for one process, which waits for none. Names all bad cases."""
         result = prepare_all(cases, self.folder / "prepared", self.recipe.data.grid)
         for warning in result.warnings:
-            self.say(f"warning: {warning}")
+            if warning not in self._told:  # some cases are asked for twice, as for calibration
+                self._told.add(warning)
+                self.say(f"warning: {warning}")
         for problem in result.problems:
             self.say(f"flare-clef: {problem}")
         if result.problems:
