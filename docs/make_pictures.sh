@@ -11,8 +11,8 @@ trap 'rm -rf "$work"' EXIT
 flare-clef phantom "$work" --pixel-mm 0.9 --slice-thickness-mm 2
 flare-clef phantom "$work/one" --seed 1
 flare-clef predict "$work/one/images" "$work/found" --precision fp32
-flare-clef evaluate "$work/found" "$work/one/labels" --quiet --rules plain --output "$work/scores" --plots \
-  --images "$work/one/images"
+flare-clef evaluate "$work/found" "$work/one/labels" --quiet --rules plain \
+  --output "$work/scores" --plots --images "$work/one/images"
 mkdir -p "$here/images"
 cp "$work/scores/worst_1_phantom_1.png" "$here/images/failure.png"
 python3 - "$work" "$here/images" <<'PYTHON'
