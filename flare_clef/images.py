@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from flare_clef import nifti, nrrd
+from flare_clef import metaimage, nifti, nrrd
 from flare_clef.dicom import read_series
 from flare_clef.errors import UserError
 from flare_clef.itk_turn import ITK_TURN
@@ -68,6 +68,8 @@ def read_image(path: Path) -> Image:
             raise UserError(f"{path}: not a known kind of image; expected {' '.join(SUFFIXES)}")
         if suffix.startswith(".nii"):
             return _read_nifti(path)
+        if suffix in (".mha", ".mhd"):
+            metaimage.check_header(path)
         image = _checked(*_unpack(_read_with_itk(path), path), source=path)
         if suffix in (".nrrd", ".nhdr"):
             image = replace(image, nrrd_geometry=nrrd.geometry_lines(path))

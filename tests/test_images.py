@@ -214,7 +214,8 @@ def test_what_is_not_a_scan(tmp_path: Path, plain: Path):
         file("cut.nii", raw[:-100])
     )
     assert "cut: " in refused(file("cut_inside.nii.gz", gzip.compress(raw[:-100])))
-    assert "cannot be read as an image" in refused(file("noise.mha", noise))
+    assert "does not begin with a MetaImage header" in refused(file("noise.mha", noise))
+    assert "cannot be read as an image" in refused(file("noise.nrrd", noise))
     assert "cannot be read as an image" in refused(file("noise.nrrd", noise))
     assert "not a known kind" in refused(file("scan.jpg", noise))
 

@@ -1,0 +1,103 @@
+"""MetaImage headers: what ITK writes passes, what is broken gets its own reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from flare_clef.errors import UserError
+from flare_clef.images import read_image
+from flare_clef.metaimage import check_header
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """3 slices of 4 x 5 voxels of two bytes: 120 bytes."""
+    path = tmp_path / "scan.mha"
+    image = sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5) - 40)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["scan.mha", "scan.mhd"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "kind", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.float32, np.float64]
+)
+def test_what_itk_writes_is_read(tmp_path, capfd, name, packed, kind):
+    values = np.arange(60).reshape(3, 4, 5).astype(kind)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / name), packed)
+    assert np.array_equal(read_image(tmp_path / name).array, values)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (b"NDims = 3\n", b"", "its header has no line NDims; export it again"),
+        (b"NDims = 3", b"NDims = x", "says NDims = x, DimSize = 5 4 3; export"),
+        (b"DimSize = 5 4 3", b"DimSize = 5 4", "says NDims = 3, DimSize = 5 4; export"),
+        (b"DimSize = 5 4 3", b"DimSize = 5 0 3", "DimSize = 5 0 3; export"),
+        (b"DimSize = 5 4 3", b"DimSize = 5 4 -3", "DimSize = 5 4 -3; export"),
+        (b"DimSize = 5 4 3", b"DimSize = 5 4 4", "cut off, 120 of 160 bytes of voxels"),
+        (b"ElementType = MET_SHORT\n", b"", "no line ElementType"),
+        (b"MET_SHORT", b"MET_HALF", "ElementType = MET_HALF, unknown"),
+        (b"= LOCAL", b"= gone:1.raw", "its voxels' file gone:1.raw is not beside it"),
+        (b"ElementDataFile = LOCAL\n", b"", "no line ElementDataFile"),
+    ],
+)
+def test_a_broken_header_is_one_line(scan: Path, capfd, old, new, said):
+    whole = scan.read_bytes()
+    assert old in whole
+    scan.write_bytes(whole.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        read_image(scan)
+    assert said in str(caught.value) and str(caught.value).startswith(f"{scan}: ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_voxels_cut_off_are_counted(scan: Path):
+    scan.write_bytes(scan.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"scan.mha: cut off, 113 of 120 bytes of voxels; copy"):
+        check_header(scan)
+
+
+def test_of_voxels_in_a_file_of_their_own_too(scan: Path):
+    sitk.WriteImage(sitk.ReadImage(str(scan)), str(scan.with_suffix(".mhd")))
+    raw = scan.with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"scan.raw: cut off, 100 of 120 bytes"):
+        check_header(scan.with_suffix(".mhd"))
+    raw.unlink()
+    with pytest.raises(UserError, match=r"scan.mhd: its voxels' file scan.raw is not beside it"):
+        check_header(scan.with_suffix(".mhd"))
+
+
+def test_colons_and_windows_line_ends_are_read(scan: Path):
+    whole = scan.read_bytes()
+    end = whole.index(b"LOCAL\n") + len(b"LOCAL\n")
+    scan.write_bytes(whole[:end].replace(b" = ", b": ").replace(b"\n", b"\r\n") + whole[end:])
+    check_header(scan)
+
+
+def test_another_format_by_this_name_is_refused(scan: Path):
+    nifti = scan.with_name("volume.nii")
+    sitk.WriteImage(sitk.ReadImage(str(scan)), str(nifti))
+    with pytest.raises(UserError, match=r"scan.mha: does not begin with a MetaImage header; name"):
+        read_image(nifti.rename(scan))
+
+
+def test_slices_in_files_of_their_own_are_left_to_itk(tmp_path: Path):
+    slices = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for number, values in enumerate(slices):
+        values.tofile(tmp_path / f"{number}.raw")
+    start = (
+        "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementType = MET_SHORT\n"
+        "BinaryData = True\nElementByteOrderMSB = False\nElementDataFile = "
+    )
+    for name, place in (("a.mhd", "LIST\n0.raw\n1.raw\n2.raw\n"), ("b.mhd", "%d.raw 0 2 1\n")):
+        (tmp_path / name).write_text(start + place)
+        assert np.array_equal(read_image(tmp_path / name).array, slices)
