@@ -7,7 +7,7 @@ worth, so that each voxel of a case is the organ, certainly not the organ, or un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +60,18 @@ def propagate(
     output: Path,
     workers: int,
     on_done: Callable[[str], None] | None = None,
+    without: Collection[Path] = (),
 ) -> Propagated:
     """Labels ``organ`` in all ``cases`` that lack it; see :func:`write_case` for the files.
 
+    Of the folder ``atlases`` the files ``without`` have no vote.
     A bad atlas or case is a line of ``problems``; the rest is done. Raises UserError where
     nothing can be done at all.
     """
     check_output(output)
     result = Propagated()
-    files = {strip_suffix(path.name)[0]: path for path in find_atlases(atlases)}
+    used = [path for path in find_atlases(atlases) if path not in without]
+    files = {strip_suffix(path.name)[0]: path for path in used}
     lacking = [case for case in cases if case.labels is not None and organ.name not in case.organs]
     with Workshop(output / "store", workers, on_done) as shop:
         kept, failed = shop.maps(files)

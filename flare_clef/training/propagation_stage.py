@@ -9,6 +9,7 @@ from pathlib import Path
 from flare_clef.errors import UserError
 from flare_clef.limits import usable_cores
 from flare_clef.organs import ORGAN_BY_NAME
+from flare_clef.scan_files import strip_suffix
 from flare_clef.training.cases import Case
 from flare_clef.training.datasets import read_dataset, read_json
 
@@ -24,6 +25,7 @@ class PropagationSettings:
 
 def propagate_onto(
     cases: Sequence[Case],
+    aside: Sequence[Case],
     settings: PropagationSettings,
     base: Path,
     output: Path,
@@ -31,7 +33,9 @@ def propagate_onto(
 ) -> None:
     """Writes ``cases`` with labels of the organ to ``output``, as ``train propagate`` does.
 
-    Bad atlases and cases are told to ``say``; raises UserError where no atlas is of use.
+    Label maps of the cases ``aside``, by name or the same file, are no atlases: what judges
+    the training must not teach it. Bad atlases and cases are told to ``say``; raises UserError
+    where no atlas is of use.
     """
     from flare_clef.training.propagation import propagate
 
@@ -40,7 +44,10 @@ def propagate_onto(
         return
     say(f"propagating the {settings.organ} to {len(lacking)} case(s)")
     organ = ORGAN_BY_NAME[settings.organ]
-    result = propagate(base / settings.atlases, lacking, organ, output, usable_cores())
+    atlases, judging = base / settings.atlases, _own_maps(aside, base / settings.atlases)
+    if judging:
+        say(f"{len(judging)} label map(s) of cases kept aside are no atlases")
+    result = propagate(atlases, lacking, organ, output, usable_cores(), without=judging)
     for problem in result.problems:
         say(f"warning: {problem}")
     if not result.cases:
@@ -48,6 +55,16 @@ def propagate_onto(
     if result.calibration is not None:
         held = result.calibration.expected_dsc
         say(f"DSC on {len(held)} atlases left out in turn: {sum(held) / len(held):.3f}")
+
+
+def _own_maps(cases: Sequence[Case], atlases: Path) -> list[Path]:
+    """The label maps among ``atlases`` that are of ``cases``."""
+    from flare_clef.training.propagation import find_atlases
+
+    names = {case.name for case in cases}
+    files = {case.labels.resolve() for case in cases if case.labels is not None}
+    found = find_atlases(atlases)
+    return [p for p in found if strip_suffix(p.name)[0] in names or p.resolve() in files]
 
 
 def with_propagated(

@@ -81,7 +81,7 @@ class Run:
         settings = self.recipe.propagate
         output = self.folder / "propagated" / settings.organ
         if rank() == 0 and not self._propagated:
-            propagate_onto(trained, settings, self.base, output, self.say)
+            propagate_onto(trained, aside, settings, self.base, output, self.say)
             self._propagated = True
         wait()
         return [*with_propagated(trained, settings, output), *aside]

@@ -68,6 +68,28 @@ def test_cases_to_train_on_get_the_organ_and_those_aside_do_not(tmp_path: Path):
     assert before == after
 
 
+def test_maps_of_cases_kept_aside_are_no_atlases(tmp_path: Path):
+    """Without the organ each would be named once it is read; of these the copy alone is."""
+    for seed in range(1, 4):
+        write_volume(tmp_path / "atlases" / f"atlas_{seed}.nii.gz", body_labels(seed))
+    bodies = {"lacking": body_labels(0), "aside": body_labels(9)}
+    for labels in bodies.values():
+        labels[labels == 12] = 0
+    write_training_set(tmp_path / "cases", bodies, dict.fromkeys(bodies, ORGANS))
+    write_volume(tmp_path / "atlases" / "aside.nii.gz", bodies["aside"])
+    write_volume(tmp_path / "atlases" / "copy.nii.gz", bodies["aside"])
+    own = tmp_path / "cases" / "labels" / "aside.nii.gz"
+    (tmp_path / "atlases" / "linked.nii.gz").symlink_to(own)
+    (tmp_path / "r.toml").write_text(RECIPE)
+
+    done = train(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "2 label map(s) of cases kept aside are no atlases" in done.output
+    told = json.loads((tmp_path / "run" / "propagated" / "duodenum" / "summary.json").read_text())
+    copy = tmp_path / "atlases" / "copy.nii.gz"
+    assert told["problems"] == [f"{copy}: holds no duodenum; atlas left out"]
+
+
 def test_cases_that_cannot_be_placed_stay_as_they_are(tmp_path: Path):
     """Only the liver is labelled: no atlas can be laid over that."""
     for seed in range(1, 4):
