@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from pathlib import Path
 
 from flare_clef.errors import UserError
 
-_LONGEST_HEADER_BYTES = 2**20
+_LONGEST_HEADER_BYTES = _PIECE_BYTES = 2**20
 _NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")
 # A number's bytes; the widths of long types differ between machines, ITK knows which to take.
 _BYTES = {
@@ -46,28 +47,78 @@ def check_header(path: Path) -> None:
         raise UserError(f"{path}: ElementType = {found['ElementType']}, unknown; export it again")
     place = found["ElementDataFile"]
     if place.upper() == "LOCAL":
-        _check_length(path, found, sides, path.stat().st_size - voxels_at)
-    # Of several files ITK finds the names: a list, or a pattern and numbers.
-    elif not place.upper().startswith("LIST") and "%" not in place:
-        voxels = path.parent / place
+        _check_voxels(path, voxels_at, found, sides)
+        return
+    files = _files_named(path, place, start[voxels_at:])
+    for voxels in files:
         if not voxels.is_file():
-            raise UserError(f"{path}: its voxels' file {place} is not beside it; copy it there")
-        _check_length(voxels, found, sides, voxels.stat().st_size)
+            raise UserError(
+                f"{path}: its voxels' file {voxels.name} is not beside it; copy it there"
+            )
+    # How many slices each of several files holds is left to ITK.
+    if len(files) == 1:
+        _check_voxels(files[0], 0, found, sides)
 
 
-def _check_length(file: Path, found: dict[str, str], sides: list[int], there: int) -> None:
-    """Of voxels stored as they are; packed ones tell when they are unpacked."""
-    plain = found.get("CompressedData", "False").upper() in ("FALSE", "0", "NO")
-    binary = found.get("BinaryData", "False").upper() in ("TRUE", "1", "YES")
-    if not (plain and binary):
+def _files_named(path: Path, place: str, rest: bytes) -> list[Path]:
+    """The one file of voxels, those of a list to the end, or those of a pattern and numbers."""
+    if place.upper().startswith("LIST"):
+        names = [line.strip() for line in rest.decode("latin-1").splitlines()]
+    elif pattern := re.fullmatch(r"(.*%0?\d*d.*?)((?:\s+\d+){2,3})", place):
+        first, last, *step = map(int, pattern[2].split())
+        names = [pattern[1] % number for number in range(first, last + 1, *step[:1])]
+    else:
+        names = [place]
+    return [path.parent / name for name in names if name]
+
+
+def _check_voxels(file: Path, start: int, found: dict[str, str], sides: list[int]) -> None:
+    """ITK reads a damaged packed file without a word, and one whose packed size is not told."""
+    if not _is_true(found, "BinaryData"):
         return
     channels = _whole_numbers(found.get("ElementNumberOfChannels", "1"))
     size = _BYTES[found["ElementType"].removesuffix("_ARRAY")]
     expected = math.prod(sides) * math.prod(channels) * size
-    if there < expected:
+    there = file.stat().st_size - start
+    if not _is_true(found, "CompressedData"):
+        if there < expected:
+            raise UserError(
+                f"{file}: cut off, {there} of {expected} bytes of voxels; copy or export it again"
+            )
+        return
+    packed = _whole_numbers(found.get("CompressedDataSize", ""))[0]
+    if not packed:
+        raise UserError(f"{file}: its header has no line CompressedDataSize; export it again")
+    if there < packed:
         raise UserError(
-            f"{file}: cut off, {there} of {expected} bytes of voxels; copy or export it again"
+            f"{file}: cut off, {there} of {packed} bytes of packed voxels; copy or export it again"
         )
+    try:
+        unpacked = _unpacked_bytes(file, start)
+    except zlib.error as error:
+        raise UserError(f"{file}: damaged ({error}); copy or export it again") from None
+    if unpacked != expected and size:
+        raise UserError(
+            f"{file}: unpacks to {unpacked} of {expected} bytes of voxels; copy or export it again"
+        )
+
+
+def _unpacked_bytes(file: Path, start: int) -> int:
+    """How many bytes the packed ones of ``file`` hold; checksums are compared."""
+    inflater = zlib.decompressobj(wbits=47)  # zlib's or gzip's form, as ITK takes both
+    count = 0
+    with file.open("rb") as opened:
+        opened.seek(start)
+        while not inflater.eof:
+            data = inflater.unconsumed_tail or opened.read(_PIECE_BYTES)
+            if not data:
+                raise zlib.error("it ends in the middle")
+            count += len(inflater.decompress(data, _PIECE_BYTES))
+    return count
+
+
+def _is_true(found: dict[str, str], key: str) -> bool:
+    return found.get(key, "False").upper() in ("TRUE", "1", "YES")
 
 
 def _lines(start: bytes) -> tuple[dict[str, str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,51 @@ def test_of_voxels_in_a_file_of_their_own_too(scan: Path):
     raw.unlink()
     with pytest.raises(UserError, match=r"scan.mhd: its voxels' file scan.raw is not beside it"):
         check_header(scan.with_suffix(".mhd"))
+
+
+def packed(scan: Path, suffix: str) -> tuple[Path, Path]:
+    """A packed copy's header and the file of its voxels."""
+    path = scan.with_name(f"packed{suffix}")
+    values = np.random.default_rng(0).integers(-1000, 1000, (9, 40, 50)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path), True)
+    return path, path if suffix == ".mha" else path.with_suffix(".zraw")
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd"])
+def test_packed_voxels_are_checked(scan: Path, capfd, suffix):
+    path, voxels = packed(scan, suffix)
+    whole = voxels.read_bytes()
+    check_header(path)
+
+    def said() -> str:
+        with pytest.raises(UserError) as caught:
+            read_image(path)
+        return str(caught.value)
+
+    voxels.write_bytes(whole[: len(whole) // 2])
+    assert f"{voxels}: cut off, " in said() and "of packed voxels" in said()
+    for at in (len(whole) // 2, len(whole) - 2):  # in the middle, and in the checksum
+        voxels.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        assert f"{voxels}: damaged (" in said()
+    voxels.write_bytes(whole)
+    header = path.read_bytes()
+    path.write_bytes(header.replace(b"DimSize = 50 40 9", b"DimSize = 50 40 8"))
+    assert "unpacks to 36000 of 32000 bytes" in said()
+    path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", b"", header))
+    assert "no line CompressedDataSize" in said()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_slice_is_named(scan: Path, capfd):
+    start = scan.read_bytes().partition(b"LOCAL\n")[0].decode()
+    path = scan.with_suffix(".mhd")
+    for number in (0, 2):
+        scan.with_name(f"{number}.raw").write_bytes(b"\0" * 40)
+    for place in ("LIST\n0.raw\n1.raw\n2.raw\n", "%d.raw 0 2 1\n", "%01d.raw 0 2\n"):
+        path.write_text(start + place)
+        with pytest.raises(UserError, match=r"scan.mhd: its voxels' file 1.raw is not beside it"):
+            read_image(path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_colons_and_windows_line_ends_are_read(scan: Path):
