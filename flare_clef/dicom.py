@@ -117,6 +117,14 @@ def read_series(folder: Path) -> tuple[sitk.Image, tuple[str, ...]]:
         raise UserError(f"{folder}: the series cannot be read ({last})") from None
 
 
+def series_place(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Size in voxels and origin in mm, both (x, y, z), of the one series. Raises UserError."""
+    files = series_files(folder)
+    first = _information(files[0])
+    width, height, frames = first.GetSize()[:3]
+    return (width, height, frames * len(files)), first.GetOrigin()[:3]
+
+
 def _information(file: str) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(file)

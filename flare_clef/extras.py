@@ -57,14 +57,12 @@ class Extras:
                 behind_link(job.target).unlink(missing_ok=True)
         if self.split:
             self._write_split(stem, found.labels, image, job.target)
-        if self.probabilities and found.logits is not None and found.placement is not None:
-            from flare_clef.probabilities import probabilities_file
-
-            content = probabilities_file(found.logits, found.placement, image)
-            write_bytes(stem.with_name(f"{stem.name}.probabilities.npz"), content)
+        warnings: tuple[str, ...] = ()
+        if self.probabilities:
+            warnings = _write_probabilities(stem, found, image)
         if not self.needs_confidence:
             self._write_labels(job, found.labels, image)
-            return ()
+            return warnings
         case = measure(
             job.case, found.labels, image, organs=self.organs, confidence=found.confidence
         )
@@ -72,8 +70,8 @@ class Extras:
             self._write_report(stem, found.labels, image, case, job.source)
         self._write_labels(job, found.labels, image)
         if self.measurements is not None:
-            self.measurements.add(case, _facts(job, image))
-        return tuple(case.all_warnings())
+            self.measurements.add(case, _facts(job, image), found.warnings)
+        return (*warnings, *case.all_warnings())
 
     def _write_labels(self, job: Job, labels: np.ndarray, image: Image) -> None:
         if job.target.suffix == ".dcm":
@@ -87,9 +85,13 @@ class Extras:
         """One mask a file, 0 and 1, in a folder called as the case; absent organs are empty."""
         suffix = strip_suffix(target.name)[1] or ".nii.gz"
         for organ in ORGANS:
+            path = stem / f"{organ.name}{suffix}"
             if self.organs is None or organ.index in self.organs:
                 mask = (labels == organ.index).view(np.uint8)
-                write_labels(mask, image, stem / f"{organ.name}{suffix}", named=False)
+                write_labels(mask, image, path, named=False)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)  # an earlier run's, of other labels
 
     def _write_report(
         self, stem: Path, labels: np.ndarray, image: Image, case: CaseMeasurement, source: Path
@@ -97,6 +99,19 @@ class Extras:
         from flare_clef.report import write_report
 
         write_report(stem, labels, image, case, source)
+
+
+def _write_probabilities(stem: Path, found: Segmentation, image: Image) -> tuple[str, ...]:
+    """The file of scores; a warning where there are none, and none of an earlier run then."""
+    path = stem.with_name(f"{stem.name}.probabilities.npz")
+    if found.logits is None or found.placement is None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return ("no probabilities: nothing of the scan went through the network",)
+    from flare_clef.probabilities import probabilities_file
+
+    write_bytes(path, probabilities_file(found.logits, found.placement, image))
+    return ()
 
 
 def _facts(job: Job, image: Image) -> dict[str, object]:

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef import metaimage, nifti, nrrd
-from flare_clef.dicom import read_series
+from flare_clef.dicom import read_series, series_place
 from flare_clef.errors import UserError
 from flare_clef.itk_turn import ITK_TURN
 from flare_clef.paths import check_name
@@ -76,6 +76,23 @@ def read_image(path: Path) -> Image:
         return image
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_place(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Size in voxels and origin in mm, both (x, y, z), from headers alone. Raises UserError."""
+    try:
+        if path.is_dir():
+            return series_place(path)
+        if strip_suffix(path.name)[1].lower().startswith(".nii"):
+            header = nifti.read_header(path)
+            with ITK_TURN:
+                return header.dim[1:4], _nifti_geometry(path, header)[1]
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        return reader.GetSize()[:3], reader.GetOrigin()[:3]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: its header cannot be read ({itk_reason(error)})") from None
 
 
 def _read_dicom(folder: Path) -> Image:

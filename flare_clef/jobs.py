@@ -12,8 +12,13 @@ from flare_clef.organs import ORGANS
 from flare_clef.paths import check_name
 from flare_clef.scan_files import SUFFIXES, find_inputs, output_name, strip_suffix
 
-_FOREIGN = (".dcm", ".png", ".jpg", ".npy", ".npz", ".gz", ".zip", ".json", ".csv", ".txt", ".stl")
+_FOREIGN = (
+    ".dcm", ".png", ".jpg", ".npy", ".npz", ".gz", ".zip", ".json", ".csv", ".txt", ".stl", ".hdr",
+    ".img",
+)  # fmt: skip
 """Suffixes that a folder's name has by mistake alone."""
+_SAME_PLACE_MM = 0.1
+"""So far apart the first voxels of a scan and of its labels may be: formats round."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,31 @@ def is_there(
         names = [organ.name for organ in ORGANS] if organs is None else organs
         wanted += [job.target.with_name(job.case) / f"{name}{suffix}" for name in names]
     return all(path.exists() for path in (job.target, *wanted))
+
+
+def of_another_scan(job: Job) -> str:
+    """In words, why the label map that is there cannot be of this scan; empty where it may be.
+
+    Their headers are compared: series of many patients share a name, and so a place for labels.
+    """
+    from flare_clef.images import read_place
+
+    try:
+        size, origin_mm = read_place(job.source)
+        found, place_mm = read_place(job.target)
+    except UserError:  # damage is told when the scan is read; DICOM labels have no such header
+        return ""
+    far = max(abs(a - b) for a, b in zip(origin_mm, place_mm, strict=True)) > _SAME_PLACE_MM
+    if size == found and not far:
+        return ""
+    seen, expected = (
+        f"{' x '.join(map(str, n))} voxels from {', '.join(f'{x:.1f}' for x in at)} mm"
+        for n, at in ((found, place_mm), (size, origin_mm))
+    )
+    return (
+        f"{job.target}: exists, but is of another scan than {job.source} ({seen}, not {expected}); "
+        "give each folder of scans a folder of labels of its own"
+    )
 
 
 def _ending(form: str | None) -> str | None:

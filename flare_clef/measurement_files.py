@@ -22,13 +22,13 @@ LABELS_CHECKSUM = "labels_sha256"
 _COLUMNS = (
     "case", "organ", "label", "volume_ml", "hu_mean", "hu_sd", "hu_p05", "hu_p25", "hu_median",
     "hu_p75", "hu_p95", "box_width_mm", "box_depth_mm", "box_height_mm", "parts",
-    "largest_part_percent", "touches_edge", "confidence", "warnings",
+    "largest_part_percent", "touches_edge", "confidence", "warnings", "case_warnings",
 )  # fmt: skip
 _NAME = re.compile(r"measurements(\.\d+-of-\d+)?\.json")
 
 
-def _row(case: str, organ: Mapping[str, Any]) -> dict[str, Any]:
-    row = {**organ, "case": case}
+def _row(case: Mapping[str, Any], organ: Mapping[str, Any]) -> dict[str, Any]:
+    row = {**organ, "case": case["case"], "case_warnings": "; ".join(case["warnings"])}
     width, depth, height = row.pop("box_mm") or (None, None, None)
     row.update(box_width_mm=width, box_depth_mm=depth, box_height_mm=height)
     row["touches_edge"] = " ".join(row["touches_edge"])
@@ -47,7 +47,7 @@ def _table(cases: Iterable[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     for one in cases:
-        writer.writerows(_row(one["case"], organ) for organ in one["organs"])
+        writer.writerows(_row(one, organ) for organ in one["organs"])
     return text.getvalue()
 
 
@@ -101,9 +101,15 @@ class MeasurementFiles:
             self._cases = {**self._others, **self._cases}
             self._write()
 
-    def add(self, case: CaseMeasurement, facts: Mapping[str, Any]) -> None:
-        """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files."""
-        self._cases[case.case] = {"case": case.case, **facts, "warnings": list(case.warnings),
+    def add(
+        self, case: CaseMeasurement, facts: Mapping[str, Any], of_scan: Iterable[str] = ()
+    ) -> None:
+        """Adds a case with ``facts`` about it (input, labels, spacing) and writes both files.
+
+        ``of_scan``: warnings of who read the scan, which go before those of the labels.
+        """
+        self._cases[case.case] = {"case": case.case, **facts,
+                                  "warnings": [*of_scan, *case.warnings],
                                   "organs": [_plain(organ) for organ in case.organs]}  # fmt: skip
         self._write()
 

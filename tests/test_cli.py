@@ -212,6 +212,19 @@ def test_closed_streams_do_not_matter(scans: Path, tmp_path: Path, tiny_weights:
         assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b with space.mha"]
 
 
+def test_labels_of_another_scan_fail_where_they_would_be_skipped(
+    scans: Path, tmp_path: Path, tiny_weights: Path
+):
+    options = (scans, tmp_path / "out", "--weights", tiny_weights, "--skip-existing")
+    assert run("predict", *options).returncode == 0
+    scan = next(scans.glob("a*"))
+    sitk.WriteImage(sitk.ReadImage(str(scan))[:, :, 1:], str(scan))
+    done = run("predict", *options)
+    assert done.returncode == 1
+    assert "failed: " in done.stderr and "a.nii.gz: exists, but is of another scan" in done.stderr
+    assert "1 failed" in done.stderr and "1 skipped" in done.stderr
+
+
 def test_what_is_asked_for_later_is_made_with_skip_existing(
     scans: Path, tmp_path: Path, tiny_weights: Path
 ):

@@ -100,6 +100,19 @@ def test_labels_come_last(scans: Path, tmp_path: Path, tiny_weights: Path, monke
     assert "skipped" not in done.output and (tmp_path / "out" / "b.mha").exists()
 
 
+def test_masks_and_scores_of_an_earlier_run_go(tmp_path: Path, tiny_weights: Path):
+    write_scan(tmp_path / "in" / "a.nii.gz", body_hu())
+    out, options = tmp_path / "out", ("--split", "--probabilities")
+    predict(tmp_path / "in", out, tiny_weights, *options)
+    assert len(list((out / "a").iterdir())) == 13
+    (out / "a" / "mine.nii.gz").write_bytes(b"")
+    write_scan(tmp_path / "in" / "a.nii.gz", np.full((9, 9, 9), -1000, np.int16))
+    done = predict(tmp_path / "in", out, tiny_weights, *options, "--organs", "liver")
+    assert sorted(p.name for p in (out / "a").iterdir()) == ["liver.nii.gz", "mine.nii.gz"]
+    assert not (out / "a.probabilities.npz").exists()
+    assert "warning: " in done.stderr and "no probabilities: nothing of the scan" in done.stderr
+
+
 def test_report_split_tables_probabilities(scans: Path, tmp_path: Path, tiny_weights: Path):
     pytest.importorskip("PIL", reason="Pillow is not installed (extra: report)")
     out = tmp_path / "out"

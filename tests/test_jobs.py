@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import write_dicom, write_scan
 
 from flare_clef.errors import UsageError, UserError
-from flare_clef.jobs import Job, is_there, plan_jobs, shard
+from flare_clef.images import image_from_array, read_image
+from flare_clef.jobs import Job, is_there, of_another_scan, plan_jobs, shard
 from flare_clef.organs import ORGANS
+from flare_clef.writing import labels_to_sitk, write_labels
 
 
 @pytest.fixture
@@ -144,3 +148,38 @@ def test_whether_all_files_are_there(tmp_path: Path):
             (job.target.parent / name).parent.mkdir(exist_ok=True)
             (job.target.parent / name).touch()
         assert is_there(job, **asked)
+
+
+def test_labels_of_another_scan_are_not_skipped(tmp_path: Path):
+    """Of another size or place; damage of either is told when it is read."""
+    scan, labels = tmp_path / "in" / "a.mha", tmp_path / "out" / "a.nii.gz"
+    volume = image_from_array(np.zeros((3, 4, 5), np.int16), (1.0, 2.0, 3.0), (7.0, 8.0, 9.0))
+    job = Job(scan, labels)
+    scan.parent.mkdir()
+    sitk.WriteImage(labels_to_sitk(volume.array, volume), str(scan))
+    write_labels(np.zeros((3, 4, 5), np.uint8), volume, labels)
+    assert of_another_scan(job) == ""
+    write_labels(np.zeros((3, 4, 6), np.uint8), volume, labels)
+    assert of_another_scan(job) == (
+        f"{labels}: exists, but is of another scan than {scan} (6 x 4 x 3 voxels from 7.0, 8.0, "
+        "9.0 mm, not 5 x 4 x 3 voxels from 7.0, 8.0, 9.0 mm); give each folder of scans a folder "
+        "of labels of its own"
+    )
+    other = image_from_array(volume.array, (1.0, 2.0, 3.0), (7.0, 8.2, 9.0))
+    write_labels(np.zeros((3, 4, 5), np.uint8), other, labels)
+    assert "from 7.0, 8.2, 9.0 mm, not" in of_another_scan(job)
+    labels.write_bytes(b"cut")
+    assert of_another_scan(job) == ""
+
+
+def test_labels_of_another_series_of_one_name_are_not_skipped(tmp_path: Path):
+    labels = tmp_path / "out" / "SE1.nii.gz"
+    one, other, shifted = (tmp_path / name / "SE1" for name in ("P1", "P2", "P3"))
+    write_dicom(one, [6, 0, 3])
+    write_dicom(other, [6, 0, 3, 9])
+    write_dicom(shifted, [7, 1, 4])
+    scan = read_image(one)
+    write_labels(np.zeros(scan.array.shape, np.uint8), scan, labels)
+    assert of_another_scan(Job(one, labels)) == ""
+    assert "16 x 16 x 3 voxels from" in of_another_scan(Job(other, labels))
+    assert "not 16 x 16 x 3 voxels from" in of_another_scan(Job(shifted, labels))

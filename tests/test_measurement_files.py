@@ -54,6 +54,15 @@ def test_files_keep_what_an_earlier_run_wrote(tmp_path):
         MeasurementFiles(tmp_path, keep=True)
 
 
+def test_what_is_wrong_with_a_scan_stands_in_both_files(tmp_path):
+    MeasurementFiles(tmp_path).add(case("a", {RIGHT, LIVER}), {}, ["not HU"])
+    kidney = "right kidney missing: removed, outside, or overlooked"
+    whole = json.loads((tmp_path / "measurements.json").read_text())["cases"][0]
+    assert whole["warnings"] == ["not HU", kidney]
+    with (tmp_path / "measurements.csv").open() as file:
+        assert {r["case_warnings"] for r in csv.DictReader(file)} == {f"not HU; {kidney}"}
+
+
 def test_files_of_others_are_left_alone_or_told(tmp_path):
     MeasurementFiles(tmp_path).add(case("a", {LIVER}), {})
     ours = (tmp_path / "measurements.json").read_text()

@@ -151,7 +151,7 @@ def predict(
 ) -> None:
     """Segment scans: 13 organs as labels 1-13 on each scan's own grid."""
     from flare_clef import batch
-    from flare_clef.jobs import is_there, plan_jobs
+    from flare_clef.jobs import is_there, of_another_scan, plan_jobs
     from flare_clef.jobs import shard as take_shard
     from flare_clef.organs import organ_indices
     from flare_clef.paths import check_writable
@@ -194,10 +194,12 @@ def predict(
     todo = []
     for job in jobs:
         known = files is None or job.case in files
-        if not overwrite and known and is_there(job, organs=names, **beside):
-            on_result(batch.CaseResult(job, status="skipped"))
-        else:
+        if overwrite or not known or not is_there(job, organs=names, **beside):
             todo.append(job)
+        elif problem := of_another_scan(job):
+            on_result(batch.CaseResult(job, error=problem))
+        else:
+            on_result(batch.CaseResult(job, status="skipped"))
     if todo or label_tables:
         # Made when there is something to write: of a wrong option nothing is left behind.
         check_writable(folder, make=False)
