@@ -12,8 +12,10 @@ from flare_clef.errors import UserError
 from flare_clef.paths import check_name
 
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
-_DESCRIPTION = "0008|103e"
+_DESCRIPTION, _THICKNESS = "0008|103e", "0018|0050"
 _UNEVEN_SHARE = 0.02
+_SAME_PIXEL_MM = 1e-3
+_SIDEWAYS_MM = 0.5
 _META_BYTES = 4096
 """So much of a file holds what it says of its class."""
 _CLASS = b"\2\0\2\0UI"
@@ -125,6 +127,12 @@ def series_place(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return (width, height, frames * len(files)), first.GetOrigin()[:3]
 
 
+def thickness_mm(file: str) -> float:
+    """Of a single slice, which has no neighbour: as it says itself, else 0."""
+    told = _numbers(_information(file), _THICKNESS)
+    return told[0] if told and np.isfinite(told[0]) else 0.0
+
+
 def _information(file: str) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(file)
@@ -156,6 +164,11 @@ def _check_slices(folder: Path, files: tuple[str, ...]) -> None:
     sizes = {reader.GetSize()[:2] for reader in readers}
     if len(sizes) > 1:
         raise UserError(f"{folder}: slices of different sizes {sorted(sizes)}; not one volume")
+    pixels = np.array([reader.GetSpacing()[:2] for reader in readers])
+    if np.ptp(pixels, axis=0).max() > _SAME_PIXEL_MM:
+        raise UserError(
+            f"{folder}: pixels of {pixels.min():.3f} to {pixels.max():.3f} mm; not one volume"
+        )
     if len(files) == 1:
         return
     orientations = [_numbers(reader, _ORIENTATION) for reader in readers]
@@ -177,7 +190,16 @@ def _check_slices(folder: Path, files: tuple[str, ...]) -> None:
             f"{folder}: {what}: {gaps[worst]:.2f} mm between the slices at {along[worst]:.1f} and "
             f"{along[worst + 1]:.1f} mm, {usual:.2f} mm elsewhere"
         )
-    across = np.array(positions)[-1] - positions[0]
+    points = np.array(positions)[np.argsort(np.array(positions) @ normal)]
+    steps = np.diff(points, axis=0)
+    sideways = np.linalg.norm(steps - np.median(steps, axis=0), axis=1)
+    if sideways.max() > max(_SIDEWAYS_MM, _UNEVEN_SHARE * usual):
+        worst = int(sideways.argmax())
+        raise UserError(
+            f"{folder}: the slices at {along[worst]:.1f} and {along[worst + 1]:.1f} mm are shifted "
+            f"sideways by {sideways[worst]:.1f} mm; not one volume"
+        )
+    across = points[-1] - points[0]
     tilt = np.degrees(
         np.arccos(min(1.0, abs(float(across @ normal)) / float(np.linalg.norm(across))))
     )

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from flare_clef import metaimage, nifti, nrrd
-from flare_clef.dicom import read_series, series_place
+from flare_clef.dicom import read_series, series_place, thickness_mm
 from flare_clef.errors import UserError
 from flare_clef.itk_turn import ITK_TURN
 from flare_clef.paths import check_name
@@ -97,12 +97,19 @@ def read_place(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 def _read_dicom(folder: Path) -> Image:
     series, files = read_series(folder)
-    image = _checked(*_unpack(series, folder), source=folder)
-    if len(image.array) > 1 and len(files) == 1:
+    told = ""
+    if len(files) == 1 and series.GetSize()[2] == 1:
+        depth_mm = max(thickness_mm(files[0]), 0.0) or 1.0
+        series.SetSpacing((*series.GetSpacing()[:2], depth_mm, *series.GetSpacing()[3:]))
+        told = f"a single slice, taken for {depth_mm:g} mm thick: volumes depend on that"
+    elif len(files) == 1:
         # Of slices in files of their own this is checked.
-        unknown = f"one file of {len(image.array)} frames: gaps or a tilt between them go unnoticed"
-        image = replace(image, warnings=(unknown, *image.warnings))
-    return image
+        told = f"one file of {series.GetSize()[2]} frames: gaps or a tilt between them go unnoticed"
+        if series.GetSpacing()[:3] == (1.0, 1.0, 1.0):
+            # What GDCM gives where the frames are not stored in order of position.
+            told += ", and its voxels read as 1 x 1 x 1 mm, which is probably wrong"
+    image = _checked(*_unpack(series, folder), source=folder)
+    return replace(image, warnings=(told, *image.warnings)) if told else image
 
 
 def _read_nifti(path: Path) -> Image:
@@ -112,7 +119,10 @@ def _read_nifti(path: Path) -> Image:
     array = nifti.read_voxels(path, header)
     with ITK_TURN:
         spacing, origin, direction = _nifti_geometry(path, header)
-    warning = nifti.disagreement(header)
+    if nifti.has_other_sizes(header):
+        # ITK takes the axes of the sform and their lengths of pixdim, which nobody else does.
+        spacing, origin, direction = nifti.sform_geometry(header)
+    warning = nifti.disagreement(header, np.reshape(direction, (3, 3)) * spacing)
     image = _checked(array, spacing, origin, direction, source=path)
     return replace(
         image,
@@ -237,7 +247,8 @@ def _checked(
     if not np.isfinite(cosines).all() or abs(np.linalg.det(cosines)) < 1e-3:
         raise UserError(f"{name}: its three axes do not span a volume (direction {direction})")
     if array.dtype == np.float64 or array.dtype == np.float16:
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # told as infinite values
+            array = array.astype(np.float32)
     warnings = _value_warnings(array)
     return Image(array, spacing, origin, direction, source, warnings)  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ _DTYPES = {
     1024: "i8", 1280: "u8",
 }  # fmt: skip
 _PIECE = 2**20
+_SAME_SIZE = 1e-3
+"""By this share voxel sizes differ by rounding alone."""
 _NOT_SCALAR = {1: "one bit a voxel", 32: "complex", 128: "RGB", 1792: "complex", 2304: "RGBA"}
 
 
@@ -145,6 +148,8 @@ def check_header(path: Path, header: NiftiHeader) -> None:
     if not all(np.isfinite(s) and s > 0 for s in spacing):
         seen = ", ".join(f"{s:g}" for s in spacing)
         raise UserError(f"{path}: voxel spacing {seen} mm; all three must be above 0")
+    if header.codes[1] > 0 and not np.isfinite(header.sform).all():
+        raise UserError(f"{path}: the sform in its header is not finite; export it again")
 
 
 def check_length(path: Path, header: NiftiHeader) -> None:
@@ -213,12 +218,31 @@ def read_voxels(path: Path, header: NiftiHeader) -> np.ndarray:
     array = array.reshape(header.dim[3:0:-1])
     slope, intercept = header.scaling
     if (slope, intercept) != (1.0, 0.0):
-        return array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+        with np.errstate(over="ignore", invalid="ignore"):  # told as infinite or NaN values
+            return array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def disagreement(header: NiftiHeader) -> str:
-    """A warning if qform and sform are both given and place the scan differently, else ''."""
+def has_other_sizes(header: NiftiHeader) -> bool:
+    """Whether the sform alone places the scan, with voxels of another size than ``pixdim`` has."""
+    if header.codes[0] > 0 or header.codes[1] <= 0:
+        return False
+    sizes = np.linalg.norm(header.sform[:3, :3], axis=0)
+    apart = np.abs(sizes - header.pixdim[1:4]).max()
+    return bool(sizes.min() > 0 and apart > _SAME_SIZE * sizes.min())
+
+
+def disagreement(header: NiftiHeader, taken: np.ndarray) -> str:
+    """A warning if the header places the scan in two ways, and which of them is taken; else ''.
+
+    ``taken``: (3, 3) from voxel steps to LPS mm, as the scan is read.
+    """
+    if has_other_sizes(header):
+        by_pixdim, by_sform = (
+            " x ".join(f"{side:.3g}" for side in sides)
+            for sides in (header.pixdim[1:4], np.linalg.norm(header.sform[:3, :3], axis=0))
+        )
+        return f"voxels of {by_pixdim} mm by pixdim, of {by_sform} by the sform, which is taken"
     if not all(code > 0 for code in header.codes):
         return ""
     corners = np.array(
@@ -227,7 +251,13 @@ def disagreement(header: NiftiHeader) -> str:
     apart = np.linalg.norm((header.qform @ corners.T - header.sform @ corners.T)[:3], axis=0).max()
     if apart < 0.5 * min(header.pixdim[1:4]):
         return ""
-    return f"qform and sform of the header differ by up to {apart:.1f} mm"
+    steps = np.diag([-1.0, -1.0, 1.0]) @ taken
+    off = [np.abs(form[:3, :3] - steps).max() for form in (header.qform, header.sform)]
+    name = "qform" if off[0] <= off[1] else "sform"
+    return (
+        f"qform and sform of the header differ by up to {apart:.1f} mm; the {name} is taken: "
+        "check the sides"
+    )
 
 
 def sform_geometry(
@@ -238,6 +268,19 @@ def sform_geometry(
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = affine[:3, :3] / np.where(spacing > 0, spacing, 1)
     return tuple(spacing), tuple(affine[:3, 3]), tuple(direction.ravel())
+
+
+def with_sform(
+    raw: bytes, spacing_mm: Sequence[float], origin_mm: Sequence[float], axes: np.ndarray
+) -> bytes:
+    """A header that places voxels by its sform alone: origin and the columns of ``axes`` in LPS."""
+    order = "<" if struct.unpack_from("<i", raw)[0] == HEADER_BYTES else ">"
+    affine = np.diag([-1.0, -1.0, 1.0]) @ np.column_stack([axes * spacing_mm, origin_mm])
+    changed = bytearray(raw)
+    struct.pack_into(order + "3f", changed, 80, *np.linalg.norm(affine[:, :3], axis=0))
+    struct.pack_into(order + "2h", changed, 252, 0, 1)
+    struct.pack_into(order + "12f", changed, 280, *affine.ravel())
+    return bytes(changed)
 
 
 def new_header(

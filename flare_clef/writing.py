@@ -34,6 +34,8 @@ def labels_to_sitk(labels: np.ndarray, like: Image) -> sitk.Image:
     return image
 
 
+_UPRIGHT = 1e-4
+"""So far from a right angle, and from length 1, axes are as good as upright."""
 _temporary: set[Path] = set()
 
 
@@ -103,11 +105,18 @@ def _voxel(like: Image) -> sitk.Image:
 
 
 def _itk_header(like: Image, temporary: Path) -> bytes:
-    """The header that ITK gives to a scan that came from another format."""
+    """The header that ITK gives to a scan that came from another format.
+
+    ITK makes axes upright that are not; the matrix of these alone holds them.
+    """
     # The next scan is being read meanwhile.
     with ITK_TURN:
         _write_by_itk(_voxel(like), temporary)
-    return nifti.read_header(temporary).raw
+    raw = nifti.read_header(temporary).raw
+    axes = np.reshape(like.direction, (3, 3))
+    if np.abs(axes.T @ axes - np.eye(3)).max() < _UPRIGHT:
+        return raw
+    return nifti.with_sform(raw, like.spacing_mm, like.origin_mm, axes)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

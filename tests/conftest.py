@@ -83,17 +83,31 @@ def write_scan(path: Path, hu: np.ndarray | None = None, **geometry: tuple[float
     return path
 
 
-def write_dicom(folder: Path, positions, *, uid: str = "1.2.3", size: int = 16, tilt: float = 0.0):
-    """A series of slices whose voxels are their position in mm, ``positions`` along z."""
+def write_dicom(
+    folder: Path,
+    positions,
+    *,
+    uid: str = "1.2.3",
+    size: int = 16,
+    tilt: float = 0.0,
+    shift_mm: dict | None = None,
+    pixel_mm: dict | None = None,
+):
+    """A series of slices whose voxels are their position in mm, ``positions`` along z.
+
+    ``shift_mm`` along x and ``pixel_mm``, by position, are of single slices.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for number, z in enumerate(positions):
         image = sitk.GetImageFromArray(np.full((1, size, size), int(z), np.int16))
+        image.SetSpacing([(pixel_mm or {}).get(z, 1)] * 2 + [1])
         for tag, value in {
             "0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2", "0008|103e": f"series {uid}",
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{number + 1}",
-            "0020|0013": str(99 - number), "0020|0032": f"0\\{z * tilt}\\{z}",
+            "0020|0013": str(99 - number), 
+            "0020|0032": f"{(shift_mm or {}).get(z, 0)}\\{z * tilt}\\{z}",
             "0020|0037": "1\\0\\0\\0\\1\\0", "0028|1053": "1", "0028|1052": "-1024",
             "0020|0052": f"{uid}.0", "0018|0050": "3",
         }.items():  # fmt: skip

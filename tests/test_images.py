@@ -242,6 +242,44 @@ def test_form_disagreement_is_a_warning(plain: Path, tmp_path: Path):
     assert any("differ by up to 25.0 mm" in w for w in read_image(path).warnings)
 
 
+@pytest.mark.parametrize("taken", ["sform", "qform"])
+def test_of_two_forms_the_one_taken_is_named(tmp_path: Path, taken: str):
+    """One number of the sform changes its sign: upright axes are mirrored, oblique ones sheared,
+    for which ITK takes the qform."""
+    turned = {"direction": rotation(0.1, -0.2, 0.15)} if taken == "qform" else {}
+    plain = write_scan(tmp_path / "plain.nii", **turned)
+    path = patched(plain, tmp_path / "mirrored.nii", 252, "<hh", 1, 1)
+    step = struct.unpack_from("<f", path.read_bytes(), 280)[0]
+    path = patched(path, path, 280, "<f", -step)
+    image = read_image(path)
+    mirrored = image.direction[0] * read_image(plain).direction[0] < 0
+    assert mirrored == (taken == "sform")
+    assert f"the {taken} is taken: check the sides" in image.warnings[0]
+
+
+def test_voxel_sizes_are_the_sforms_where_it_alone_is_given(plain: Path, tmp_path: Path):
+    path = patched(plain, tmp_path / "sizes.nii", 252, "<hh", 0, 1)
+    assert read_image(path).warnings == ()
+    path = patched(path, path, 80, "<fff", 1.0, 1.0, 1.0)
+    image, expected = read_image(path), read_image(plain)
+    assert image.spacing_mm == pytest.approx(expected.spacing_mm)
+    assert image.direction == pytest.approx(expected.direction, abs=1e-6)
+    assert image.origin_mm == pytest.approx(expected.origin_mm)
+    assert image.warnings == (
+        "voxels of 1 x 1 x 1 mm by pixdim, of 1.5 x 1.25 x 3 by the sform, which is taken",
+    )
+
+
+def test_numbers_beyond_float32_are_told_in_one_line(plain: Path, tmp_path: Path, capfd, recwarn):
+    path = patched(plain, tmp_path / "slope.nii", 112, "<ff", 1e38, 0.0)
+    assert any("NaN or infinite" in w for w in read_image(path).warnings)
+    path = patched(plain, tmp_path / "sform.nii", 252, "<hh", 0, 1)
+    assert "the sform in its header is not finite" in refused(
+        patched(path, path, 280, "<f", float("nan"))
+    )
+    assert not recwarn.list and capfd.readouterr() == ("", "")
+
+
 def test_vector_voxels_of_other_formats(tmp_path: Path):
     image = sitk.GetImageFromArray(np.zeros((3, 4, 5, 3), np.uint8), isVector=True)
     sitk.WriteImage(image, str(tmp_path / "rgb.mha"))
@@ -479,6 +517,7 @@ def test_many_frames_in_one_file_are_read_with_a_warning(tmp_path: Path):
     image = read_image(tmp_path / "s")
     assert image.array.shape == (4, 16, 16)
     assert image.warnings[0].startswith("one file of 4 frames: gaps or a tilt")
+    assert "its voxels read as 1 x 1 x 1 mm, which is probably wrong" in image.warnings[0]
     write_dicom(tmp_path / "t", [6, 0, 3, 9])
     assert not any("frames" in warning for warning in read_image(tmp_path / "t").warnings)
 
@@ -486,7 +525,9 @@ def test_many_frames_in_one_file_are_read_with_a_warning(tmp_path: Path):
 def test_one_slice_whose_position_is_empty(tmp_path: Path):
     write_dicom(tmp_path / "s", [3])
     slice_of = next((tmp_path / "s").iterdir())
-    assert read_image(tmp_path / "s").array.shape == (1, 16, 16)
+    image = read_image(tmp_path / "s")
+    assert image.array.shape == (1, 16, 16) and image.spacing_mm == (1.0, 1.0, 3.0)
+    assert image.warnings[0] == "a single slice, taken for 3 mm thick: volumes depend on that"
     whole = slice_of.read_bytes()
     at = whole.index(b"\x20\0\x32\0")  # implicit value representation: four bytes of length
     size = int.from_bytes(whole[at + 4 : at + 8], "little")
@@ -510,6 +551,10 @@ def test_dicom_trouble(tmp_path: Path):
     assert "uneven spacing: 3.50 mm" in refused(tmp_path / "uneven")
     write_dicom(tmp_path / "tilted", [0, 3, 6, 9], tilt=0.2)
     assert "gantry tilt of 11.3 degrees" in refused(tmp_path / "tilted")
+    write_dicom(tmp_path / "moved", [0, 3, 6, 9], shift_mm={6: 40})
+    assert "slices at 3.0 and 6.0 mm are shifted sideways by 40.0 mm" in refused(tmp_path / "moved")
+    write_dicom(tmp_path / "pixels", [0, 3, 6, 9], pixel_mm={6: 2})
+    assert "pixels of 1.000 to 2.000 mm; not one volume" in refused(tmp_path / "pixels")
     # GDCM passes over what it cannot read: the scan would lose its first slice.
     for size in (0, 100, 150, 700):
         write_dicom(tmp_path / f"cut{size}", [0, 3, 6, 9])
