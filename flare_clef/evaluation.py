@@ -111,7 +111,8 @@ def evaluate_files(
             raise UsageError(f"organ {name!r} is unknown; known are {', '.join(ORGAN_BY_NAME)}")
     pairs, left_over = match_files(predictions, references)
     listing = cases_file if cases_file is not None else find_cases_file(references)
-    labelled = read_labelled_organs(listing, references) if listing is not None else {}
+    names = [pair.case for pair in pairs]
+    labelled = read_labelled_organs(listing, references, names) if listing is not None else {}
     result = Evaluation(rules, pairs, listing)
     result.problems += [
         Problem(case, "no reference", f"{path}: no reference of this name; not scored")
@@ -154,14 +155,14 @@ def score_pair(
     if reference.unknown:
         note("unknown labels", f"{pair.reference}: {reference.unknown}, counted as background")
     prediction = _read_prediction(pair, reference, note)
-    spacing_mm = reference.image.spacing_mm
+    spacing_mm, direction = reference.image.spacing_mm, reference.image.direction
     if prediction is None:
-        reference_ml = volumes_ml(reference.labels, spacing_mm)
+        reference_ml = volumes_ml(reference.labels, spacing_mm, direction)
         return {name: OrganScore(0.0, 0.0, None, None, reference_ml[name]) for name in organs}, (
             problems
         )
-    scores = score_organs(prediction.labels, reference.labels, spacing_mm, organs, rules, workers)
-    return scores, problems
+    maps = prediction.labels, reference.labels
+    return score_organs(*maps, spacing_mm, organs, rules, workers, direction), problems
 
 
 def _said(path: Path, error: UserError | MemoryError) -> str:

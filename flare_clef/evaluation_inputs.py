@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CASES_FILE = "cases.json"
 
+_WAY_OUT = "correct it, or name the right file (evaluate --cases FILE)"
 _CHUNK_SLICES = 16
 _SHOWN_VALUES = 5
 
@@ -164,8 +166,10 @@ def find_cases_file(references: Path) -> Path | None:
     return None
 
 
-def read_labelled_organs(path: Path, references: Path) -> dict[str, tuple[str, ...]]:
-    """Which organs are labelled, by case, as the ``cases.json`` at ``path`` says.
+def read_labelled_organs(
+    path: Path, references: Path, cases: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """Which organs are labelled, by case, as the ``cases.json`` at ``path`` says of ``cases``.
 
     It maps a case to ``{"organs": [names]}`` or to the list itself, at the top or one folder
     deeper (``{folder: {case: …}}``); entries without organs are passed over. A case that
@@ -174,9 +178,9 @@ def read_labelled_organs(path: Path, references: Path) -> dict[str, tuple[str, .
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); correct it") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}); {_WAY_OUT}") from None
     if not isinstance(entries, dict):
-        raise UserError(f'{path}: is no JSON object; expected {{"CASE": {{"organs": […]}}, …}}')
+        raise UserError(f'{path}: is no JSON object {{"CASE": {{"organs": […]}}, …}}; {_WAY_OUT}')
     found: dict[str, dict[str, list[Any]]] = {}
     for key, entry in entries.items():
         organs = _organ_list(entry)
@@ -188,7 +192,7 @@ def read_labelled_organs(path: Path, references: Path) -> dict[str, tuple[str, .
                 if organs is not None:
                     found.setdefault(case, {})[key] = organs
     folders = references.resolve().parts
-    return {case: _choose(path, case, places, folders) for case, places in found.items()}
+    return {case: _choose(path, case, found[case], folders) for case in cases if case in found}
 
 
 def _organ_list(entry: Any) -> list[Any] | None:
@@ -202,10 +206,10 @@ def _choose(
     here = [organs for folder, organs in places.items() if folder in folders]
     choices = here or list(places.values())
     for name in (name for organs in choices for name in organs):
-        if name not in ORGAN_BY_NAME:
+        if not isinstance(name, str) or name not in ORGAN_BY_NAME:
             raise UserError(
                 f"{path}: case {case} names the organ {name!r}; "
-                f"known are {', '.join(ORGAN_BY_NAME)}"
+                f"known are {', '.join(ORGAN_BY_NAME)}; {_WAY_OUT}"
             )
     if any(set(organs) != set(choices[0]) for organs in choices):
         raise UserError(

@@ -105,8 +105,11 @@ def score_organs(
     organs: Iterable[str],
     rules: Rules = "2022",
     workers: int = 1,
+    direction: tuple[float, ...] | None = None,
 ) -> dict[str, OrganScore]:
     """Every figure of the named organs of one case, on ``workers`` threads.
+
+    ``direction`` as in :func:`volumes_ml`; surface distances take the axes to stand upright.
 
     Each organ is looked at only inside the box that holds it in both maps, which changes no
     result.
@@ -116,7 +119,7 @@ def score_organs(
     _check_shapes(prediction, reference)
     predicted_boxes = find_objects(prediction, max_label=len(ORGANS))
     reference_boxes = find_objects(reference, max_label=len(ORGANS))
-    one_ml = voxel_ml(spacing_mm)
+    one_ml = voxel_ml(spacing_mm, direction)
     scores = {}
     for name in organs:
         organ = ORGAN_BY_NAME[name]

@@ -176,6 +176,17 @@ def test_cases_json_leaves_out_what_has_no_labels(tmp_path: Path):
     (tmp_path / "cases.json").write_text('{"case_0": ["lung"]}')
     with pytest.raises(UserError, match="lung"):
         evaluate_files(predictions, references)
+    (tmp_path / "cases.json").write_text('{"case_0": [["liver"]]}')
+    with pytest.raises(UserError, match=r"the organ \['liver'\]; known are liver.*--cases FILE"):
+        evaluate_files(predictions, references)
+
+
+def test_a_cases_json_of_other_things_is_of_no_matter(tmp_path: Path):
+    predictions, references = folders(tmp_path, [0, 0])
+    split = {"train": ["case_0"], "test": ["case_1"], "x": {"q": ["liver"]}, "y": {"q": ["lung"]}}
+    (tmp_path / "cases.json").write_text(json.dumps(split))
+    result = evaluate_files(predictions, references, organs=["liver"])
+    assert len(result.rows) == 2 and result.unlisted == ["case_0", "case_1"]
 
 
 def test_compare_is_paired(tmp_path: Path):

@@ -53,6 +53,8 @@ def test_volumes_where_axes_lean():
     upright = volumes_ml(labels, (2, 3, 5))["liver"]
     assert upright == pytest.approx(0.24)
     assert volumes_ml(labels, (2, 3, 5), leaning)["liver"] == pytest.approx(0.24 * 0.8660254)
+    score = score_organs(labels, labels, (2, 3, 5), ["liver"], direction=leaning)["liver"]
+    assert score.volume_ml == score.reference_ml == pytest.approx(0.24 * 0.8660254)
 
 
 def tube(first, last):
