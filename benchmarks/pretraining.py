@@ -61,6 +61,7 @@ def subset(data: Path, count: int, folder: Path) -> Path:
             link_volume(case.labels, folder / "labels", case.name)
         entries[case.name] = {
             "organs": list(case.organs), "source": case.source, "bent_from": case.bent_from,
+            "shapes_of": case.shapes_of,
         }  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(entries))
     return folder

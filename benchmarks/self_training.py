@@ -110,7 +110,10 @@ def label_all(weights: Path, folders: list[Path], output: Path) -> None:
         link_volume(case.image, output / "images", f"{case.name}_0000")
         write_labels(result, image, output / "labels" / f"{case.name}.nii.gz")
         source = f"{case.source}; labels by {weights.name}"
-        entries[case.name] = {"organs": organs, "source": source, "bent_from": case.bent_from}
+        entries[case.name] = {
+            "organs": organs, "source": source, "bent_from": case.bent_from,
+            "shapes_of": case.shapes_of,
+        }  # fmt: skip
         listed.write_text(json.dumps(entries, indent=1))
         undecided = (result == UNDECIDED).mean()
         left_out = [organ.name for organ in ORGANS if organ.name not in organs]

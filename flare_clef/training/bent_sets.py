@@ -70,8 +70,8 @@ def bend_one(label_map: Path, case: Case, output: Path) -> tuple[float, float]:
     other = load_organ_maps(label_map, SPACING_MM)
     # What was propagated is undecided in part: it has no shape of its own.
     array = labels.array.copy()
-    if case.propagated:
-        array[array == ORGAN_BY_NAME[case.propagated].index] = 0
+    for organ in case.made:
+        array[array == ORGAN_BY_NAME[organ].index] = 0
     try:
         own = organ_maps_of(array, labels, SPACING_MM)
     except UserError as error:
@@ -108,8 +108,8 @@ def _entry(label_map: Path, case: Case, checksum_of: Callable[[Path], str]) -> d
         "shapes_of": shapes,
         "made_of": hashlib.sha256(made_of.encode()).hexdigest()[:16],
     }
-    if case.propagated:
-        entry["propagated"] = [case.propagated]
+    if case.made:
+        entry["propagated"] = list(case.made)
     return entry
 
 
@@ -147,7 +147,7 @@ def _finished(
         name: entry
         for name, entry in entries.items()
         if name in there["images"] & there["labels"]
-        and ("propagated" not in entry or name in there["probabilities"])
+        and (name in there["probabilities"] or not pairs[name][1].chances)
     }
 
 
@@ -167,7 +167,9 @@ def bend_all(
     ``on_done`` is told the name and both DSC.
     """
     files = find_atlases(maps)
-    labelled = [case for case in cases if case.labels is not None]
+    # Of a body bent twice it would not be known whose shapes it shows.
+    twice = [case.name for case in cases if case.bent_from]
+    labelled = [case for case in cases if case.labels is not None and not case.bent_from]
     if not labelled:
         raise UserError("no cases with labels; name a training set with --cases")
     pairs = {
@@ -179,6 +181,8 @@ def bend_all(
         raise UserError(f"{maps}: only the label map of the case itself; name those of others")
     checksum_of = functools.cache(_checksum)
     result = BentSet(_finished(output, pairs, checksum_of))
+    if twice:
+        result.problems.append(f"{len(twice)} case(s) are bent already, {twice[0]} first; left out")
     check_writable(output)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, end_with_parent)

@@ -36,6 +36,8 @@ class Case:
     """(value in the label file, ours) of every value it may hold; empty: it holds ours."""
     propagated: str = ""
     """The organ whose labels :mod:`flare_clef.training.propagation` made."""
+    propagated_before: tuple[str, ...] = ()
+    """Further ones that it made earlier, of which no probabilities are kept."""
     chances: Path | None = None
     """Its probability map, uint8 with 255 being 1, on the grid of ``labels``."""
     bent_from: str = ""
@@ -49,9 +51,14 @@ class Case:
         return {self.name, self.bent_from, self.shapes_of} - {""}
 
     @property
+    def made(self) -> tuple[str, ...]:
+        """Organs whose labels are no person's: :attr:`propagated` first."""
+        return tuple(name for name in (self.propagated, *self.propagated_before) if name)
+
+    @property
     def judged(self) -> tuple[str, ...]:
         """Organs that predictions are compared on: those that nobody propagated."""
-        return tuple(name for name in self.organs if name != self.propagated)
+        return tuple(name for name in self.organs if name not in self.made)
 
     @property
     def labelled(self) -> torch.Tensor:

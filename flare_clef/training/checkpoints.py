@@ -85,8 +85,8 @@ def load_best(folder: Path) -> dict[str, Any]:
         return _read(folder / BEST)
     except _UNREADABLE as error:
         raise UserError(
-            f"{folder / BEST}: cannot be read ({one_line(error)}); export the last network with "
-            "--set finetune.patience_epochs=0"
+            f"{folder / BEST}: cannot be read ({one_line(error)}); remove it, and `train export` "
+            "takes the last network"
         ) from None
 
 

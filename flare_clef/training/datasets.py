@@ -144,7 +144,7 @@ def _read_ours(folder: Path) -> Dataset:
         problems.insert(0, f"{folder / 'images'}: no image (NAME_0000.nii.gz) in it")
     entries, listed = _read_cases_json(folder)
     if entries is None:
-        if labels and all(name.startswith("FLARE") for name in labels):
+        if labels and all(name.startswith("FLARE22") for name in labels):
             entries = {name: {"organs": list(_ALL_ORGANS)} for name in labels}
         elif labels:
             raise UserError(
@@ -171,9 +171,10 @@ def _read_ours(folder: Path) -> Dataset:
                     f"{listed}: case {case.name} names organs, but {folder / 'labels'} has no "
                     f"{case.name}.nii.gz; taken as a scan without labels"
                 )
-            made = [organ for organ in propagated if organ in named]
+            made = tuple(organ for organ in propagated if organ in named)
             if made and case.name in chances:
                 case = replace(case, propagated=made[0], chances=chances[case.name])
+            case = replace(case, propagated_before=made[bool(case.propagated) :])
             scan, shapes = (str(entry.get(key) or "") for key in ("bent_from", "shapes_of"))
             case = replace(case, organs=named, source=source, bent_from=scan, shapes_of=shapes)
             kept.append(case)

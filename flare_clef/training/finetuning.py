@@ -163,9 +163,13 @@ class Finetuning(Trainer):
         self.frozen = should_freeze
 
     def _freeze(self, step: int) -> None:
+        # Of this stage alone: the next one may see another grid, or blocks.
+        stage, within = self.plan.stage_at(step)
+        begin = (step - within) * self.plan.batch
+        end = begin + stage.steps * self.plan.batch
         count = min(2 * len(self.cases), _VOLUMES_FOR_STATISTICS)
-        first = step * self.plan.batch
-        indices = range(first, min(first + count, len(self.order)))
+        first = max(begin, min(step * self.plan.batch, end - count))
+        indices = range(first, min(first + count, end))
 
         def estimate() -> None:
             volumes = (self.make_batch(index).image for index in indices)
@@ -235,9 +239,16 @@ class Finetuning(Trainer):
         self.train()
         return self.result()
 
+    @property
+    def best_is_there(self) -> bool:
+        return bool(self.plan.patience_epochs) and (self.folder / BEST).exists()
+
     def result(self) -> SegmentationNetwork:
-        """The network to export, as :meth:`run` says, in evaluation mode."""
-        if self.plan.patience_epochs and self.best_loss is not None:
+        """The network to export, as :meth:`run` says, in evaluation mode.
+
+        Where the best one was removed by hand, the last one is left.
+        """
+        if self.best_loss is not None and self.best_is_there:
             self.network.load_state_dict(load_best(self.folder)["network"])
         else:
             self.average.copy_to_network()

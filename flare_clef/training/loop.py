@@ -306,7 +306,8 @@ class Trainer:
         raise UserError(
             f"{', '.join(self._spoilt)}: the loss was not a finite number in {SKIPPED_IN_A_ROW} "
             f"steps in a row; the checkpoint of step {self.step} is kept in {self.folder}: look "
-            "at the values of these cases, or lower the learning rate"
+            "at the values of these cases, or begin anew with a lower learning rate in another "
+            "folder (--output)"
         )
 
     def _no_exchange(self) -> AbstractContextManager[Any]:

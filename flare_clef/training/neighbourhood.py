@@ -67,7 +67,7 @@ def _double(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class NeighbourhoodNetwork(nn.Module):
-    """A U-Net of 0.9 M parameters that also knows where in the box a voxel lies."""
+    """A U-Net of 1.2 M parameters that also knows where in the box a voxel lies."""
 
     def __init__(self) -> None:
         super().__init__()

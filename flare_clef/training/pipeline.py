@@ -155,6 +155,11 @@ def finetune(run: Run) -> Path:
         judge_start(run, trainer, aside)
     with _shown(run, trainer, plan.steps):
         network = trainer.run()
+    if trainer.ended:
+        run.say(
+            f"stopped early after step {trainer.step}: no lower validation loss in "
+            f"{plan.patience_epochs} epoch(s); the network of the lowest is exported"
+        )
     path = run.folder / WEIGHTS
     if rank() == 0:
         _export(run, trainer, network, description, (trained, aside), path)
@@ -164,11 +169,11 @@ def finetune(run: Run) -> Path:
 
 def export_run(run: Run) -> Path:
     """Exports the network that the run's checkpoint holds, finished or not."""
+    description = provenance.read_run(run.folder)
+    run.recipe = as_trained(run)
     cases = run.labelled()
     trained, aside = split(run, cases)
     provenance.check_split(run.folder, aside)
-    description = provenance.read_run(run.folder)
-    run.recipe = as_trained(run)
     trainer = Finetuning(
         run.recipe.finetune,
         run.prepare([*trained, *aside])[: len(trained)],
@@ -197,6 +202,8 @@ def _export(
     """Of the first process alone: nothing in here may wait for the others."""
     trained, aside = cases
     grid = run.recipe.finetune.stages[-1].grid
+    if run.recipe.finetune.patience_epochs and not trainer.best_is_there:
+        run.say("warning: no network of the lowest validation loss here; the last one is exported")
     others = _others(run)
     network = network.cpu()
     for weights in others:
@@ -273,6 +280,10 @@ def as_trained(run: Run) -> Recipe:
         if getattr(given, key) != getattr(own, key):
             run.say(f"warning: [{key}] differs from the recipe of this run, which is taken")
     data = replace(given.data, grid=own.data.grid)
+    if not (data.validation or data.folds) and (own.data.validation or own.data.folds):
+        run.say("the cases that this run kept aside stay so (data.validation, data.folds)")
+        split = {key: getattr(own.data, key) for key in ("validation", "folds", "fold")}
+        data = replace(data, **split)
     return replace(given, network=own.network, finetune=own.finetune, data=data)
 
 

@@ -123,9 +123,11 @@ def write_records(result: Propagated, cases: dict[str, Case], organ: Organ, outp
         case = cases[name]
         entries[name] = {"organs": list(case.organs), "source": case.source}
         if case.bent_from:  # else copies of cases kept aside would be trained on
-            entries[name]["bent_from"] = case.bent_from
-        if entry["labels"] == "propagated":
-            entries[name] |= {"organs": [*case.organs, organ.name], "propagated": [organ.name]}
+            entries[name] |= {"bent_from": case.bent_from, "shapes_of": case.shapes_of}
+        new = [organ.name] if entry["labels"] == "propagated" else []
+        entries[name]["organs"] += new
+        if new or case.made:
+            entries[name]["propagated"] = [*new, *case.made]
     summary = {
         "organ": organ.name,
         "certain_from": CERTAIN,

@@ -45,6 +45,10 @@ def find_atlases(folder: Path) -> list[Path]:
     found = [p for p in sorted(place.iterdir()) if strip_suffix(p.name)[1] and p.name[0] != "."]
     if not found:
         raise UserError(f"{place}: no label map in it; expected NAME.nii.gz")
+    names = [strip_suffix(path.name)[0] for path in found]
+    for path, name in zip(found, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{path}: {place} has {names.count(name)} label maps {name}; keep one")
     return found
 
 

@@ -52,6 +52,11 @@ def problem_of(recipe: Recipe) -> str | None:
         )
     if data.folds and data.validation:
         return f"data.validation: with folds = {data.folds} a fold is kept aside; leave one out"
+    if plan.patience_epochs and len({stage.grid for stage in plan.stages}) > 1:
+        return (
+            f"finetune.patience_epochs = {plan.patience_epochs}: would end the run at a grid that "
+            "is not the last; give all stages one grid, or set it to 0"
+        )
     grids = {f"finetune.stages[{i}].grid": stage.grid for i, stage in enumerate(plan.stages)}
     rules: list[Rule] = []
     for number, stage in enumerate(plan.stages):

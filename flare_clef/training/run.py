@@ -57,10 +57,16 @@ class Run:
     def unlabelled(self) -> list[Case]:
         """Further scans for pre-training: those of the data without labels, data.unlabelled's."""
         cases = [case for case in self._given() if case.labels is None]
-        # Nor those with labels: they are trained on already, or kept aside.
-        known = {case.image.resolve() for case in self._given()}
+        # Nor those with labels, or copies of them: they are trained on already, or kept aside.
         further = self._read([self.base / folder for folder in self.recipe.data.unlabelled])
-        return cases + [case for case in further if case.image.resolve() not in known]
+        own = [case.name for case in self._given() if case.labels and not case.bent_from]
+        aside = self.recipe.data.kept_aside(own)
+        store = Store(self.folder / "prepared", self.recipe.data.grid)
+        known = {name for name, _ in provenance.same_scans(self._given(), further, store)}
+        new = [case for case in further if case.name not in known and not aside & case.origins]
+        if len(new) < len(further):
+            self.say(f"{len(further) - len(new)} scan(s) of data.unlabelled are among the others")
+        return cases + new
 
     def _folders(self) -> list[Path]:
         return list(self.data) or [self.base / folder for folder in self.recipe.data.folders]

@@ -180,6 +180,10 @@ def test_a_second_channel_is_refused(tmp_path: Path):
 
 
 def test_the_challenges_folders(tmp_path: Path):
+    later = tmp_path / "later"  # FLARE23 and 24 label some organs only
+    touch(later, "images/FLARE23_0001_0000", "labels/FLARE23_0001")
+    with pytest.raises(UserError, match="no cases.json here or above it; it names each case's"):
+        read_dataset(later)
     part = tmp_path / "FLARE22LabeledCase50"
     touch(part, "images/FLARE22_Tr_0001_0000", "labels/FLARE22_Tr_0001")
     touch(tmp_path / "FLARE22UnlabeledCase2000", "Case_00001_0000", "Case_00002_0000")

@@ -110,12 +110,37 @@ def test_only_a_training_forgets_steps(tmp_path: Path):
     assert steps == list(range(10))
 
 
-def test_a_best_network_that_is_gone_is_one_line(tmp_path: Path):
+def test_a_best_network_that_is_damaged_is_one_line_and_gone_it_is_the_last(tmp_path: Path):
     trainer = _finetuning(tmp_path / "run")
     trainer.train()
-    (tmp_path / "run" / BEST).unlink()
-    with pytest.raises(UserError, match=r"best\.pt: cannot be read .* finetune\.patience_epochs=0"):
+    (tmp_path / "run" / BEST).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"best\.pt: cannot be read .*; remove it, and"):
         trainer.result()
+    (tmp_path / "run" / BEST).unlink()
+    expected = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    with trainer.average.in_place():
+        averaged = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    result = trainer.result().state_dict()
+    assert all(torch.equal(result[key], averaged[key]) for key in expected)
+
+
+def test_statistics_are_of_the_stage_that_freezes(tmp_path: Path, monkeypatch):
+    """Three cases ask for six volumes: steps 8 and 19 have two and one left in their stages."""
+    stages = (Stage(16, 10, freeze_after=0.8), Stage(16, 10, freeze_after=0.9))
+    trainer = _finetuning(tmp_path / "run", stages=stages, weight_average=0.0)
+    make_batch, made, used = trainer.make_batch, [], []
+    monkeypatch.setattr(trainer, "make_batch", lambda i: made.append(i) or make_batch(i))
+
+    def freeze(network, volumes, *how):
+        made.clear()
+        assert len(list(volumes)) == 6
+        used.append(list(made))
+
+    monkeypatch.setattr("flare_clef.training.finetuning.freeze_statistics", freeze)
+    for step in (8, 19):
+        trainer.frozen = False
+        trainer.before_step(step)
+    assert used == [[4, 5, 6, 7, 8, 9], [14, 15, 16, 17, 18, 19]]
 
 
 def test_early_stopping_by_hand(tmp_path: Path, monkeypatch):

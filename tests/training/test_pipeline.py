@@ -238,6 +238,12 @@ def test_an_export_keeps_to_what_the_run_trained_on(folder: Path, tmp_path: Path
     other = ("--set", 'data.validation=["c1"]')
     refused = call(folder, "export", *options, *other, "--output", run)
     assert "trained on c1, which would be kept aside now" in str(refused.exception)
+    # Where none is named, those kept aside don't become training cases.
+    none = ("--set", "data.validation=[]", "--set", "export.operating_points=true")
+    done = call(folder, "export", *options, *none, "--output", run)
+    assert done.exit_code == 0, done.output
+    assert "the cases that this run kept aside stay so" in done.output
+    assert "operating points by 1 case(s) kept aside" in done.output
     # Data that came later were not trained on.
     fewer = json.loads((data / "cases.json").read_text())
     extra = make_folder(tmp_path / "more", 5)
@@ -328,6 +334,19 @@ def test_pretraining_never_sees_what_is_kept_aside(folder: Path, tmp_path: Path)
     assert done.exit_code == 0, done.output
     seen = json.loads((run / "run.json").read_text())["pretraining_cases"]
     assert len(seen) == 3 and "scan" in seen  # two of three labelled cases
+
+    # Nor copies of it, by another name or in another folder, nor what was bent from it.
+    copies = tmp_path / "copies" / "images"
+    copies.mkdir(parents=True)
+    (aside,) = {"c0", "c1", "c2"} - seen.keys()
+    scan = (folder / "data" / "images" / f"{aside}_0000.nii.gz").read_bytes()
+    (copies / "another_0000.nii.gz").write_bytes(scan)
+    options = ("--set", f'data.unlabelled=["{copies.parent}"]', "--output", str(tmp_path / "third"))
+    done = call(folder, "pretrain", str(folder / "r.toml"), *options)
+    assert done.exit_code == 0, done.output
+    assert "1 scan(s) of data.unlabelled are among the others" in done.output
+    record = json.loads((tmp_path / "third" / "run.json").read_text())
+    assert record["pretraining_cases"].keys() == seen.keys()
 
     alone = tmp_path / "alone"
     write_scan(alone / "images" / "scan_0000.nii.gz", body_hu((20, 24, 28)))

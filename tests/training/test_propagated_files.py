@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,37 @@ def _propagate(cases: list[Case], output: Path) -> None:
 def test_whose_bent_copy_a_case_is_stays_known(tmp_path: Path):
     _case(tmp_path / "cases")
     entry = {"organs": ["liver"], "source": "q; bent to the shapes of m", "bent_from": "q"}
+    entry["shapes_of"] = "m"
     (tmp_path / "cases" / "cases.json").write_text(json.dumps({"a": entry}))
     _propagate(list(read_dataset(tmp_path / "cases").cases), tmp_path / "out")
     (case,) = read_dataset(tmp_path / "out").cases
-    assert case.bent_from == "q" and case.source == "q; bent to the shapes of m"
+    assert case.origins == {"a", "q", "m"} and case.source == "q; bent to the shapes of m"
+
+
+def test_what_an_earlier_round_made_is_no_label_by_people(tmp_path: Path):
+    _case(tmp_path / "cases")
+    entry = {"organs": ["liver", "duodenum", "spleen"], "propagated": ["spleen"]}
+    (tmp_path / "cases" / "cases.json").write_text(json.dumps({"a": entry}))
+    (case,) = read_dataset(tmp_path / "cases").cases
+    assert case.made == ("spleen",) and case.judged == ("liver", "duodenum")
+    _propagate([case], tmp_path / "own")  # it has the organ already
+    (again,) = read_dataset(tmp_path / "own").cases
+    assert again.made == ("spleen",) and again.judged == ("liver", "duodenum")
+
+    result, fewer = Propagated(), replace(case, organs=("liver", "spleen"))
+    result.cases["a"] = write_case(fewer, ORGAN, None, CALIBRATION, tmp_path / "out")
+    result.cases["a"]["labels"] = "propagated"
+    chances = tmp_path / "out" / "probabilities"
+    sitk.WriteImage(sitk.ReadImage(str(case.labels)), str(_made(chances) / "a.nii.gz"))
+    write_records(result, {"a": fewer}, ORGAN, tmp_path / "out")
+    (case,) = read_dataset(tmp_path / "out").cases
+    assert case.propagated == ORGAN.name and case.chances is not None
+    assert case.made == (ORGAN.name, "spleen") and case.judged == ("liver",)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])

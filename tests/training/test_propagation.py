@@ -18,6 +18,7 @@ from flare_clef.training import neighbourhood, workshop
 from flare_clef.training.atlas_votes import Surroundings
 from flare_clef.training.cases import find_cases, prepare_case
 from flare_clef.training.doubt import CLASSES, UNDECIDED, WEIGHTS
+from flare_clef.training.propagation import find_atlases
 
 ORGANS = [ORGAN_BY_INDEX[k].name for k in (1, 2, 4, 5, 6, 9, 11, 13)]
 
@@ -219,3 +220,10 @@ def test_atlases_that_have_too_little_in_common(run, tmp_path: Path) -> None:  #
     result = _propagate(tmp_path)
     assert isinstance(result.exception, UserError), result.exception
     assert "no label map can be laid over another" in str(result.exception)
+
+
+def test_two_maps_of_one_name_are_refused(tmp_path: Path):
+    for suffix in (".nii.gz", ".mha"):
+        (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(UserError, match=r"a\.mha: .* has 2 label maps a; keep one"):
+        find_atlases(tmp_path)
