@@ -76,7 +76,8 @@ def test_bad_pairs_are_named(tmp_path: Path):
         ("[finetune]\nstages = [{grid = 64, steps = 0, learning_rate = [1, 1]}]", "1 or more"),
         ("[finetune]\nstages = [{grid = 64, steps = 1, learning_rate = 1}]", "must be a list"),
         ("[finetune]\nstages = [{grid = 64}]", "steps = 0, epochs = 0: 1 or more of one"),
-        ("[finetune]\npatience_epochs = 2\nstages = [{grid = 32, steps = 1}, {grid = 64, steps = 1}]",
+        ("[finetune]\npatience_epochs = 2\n"
+         "stages = [{grid = 32, steps = 1}, {grid = 64, steps = 1}]",
          "would end the run at a grid that is not the last; give all stages one grid"),
         ("[pretrain]\nmargin = 2.0\n[finetune]\nstages = [{grid = 64, steps = 1}]",
          "pretrain.margin = 2.0: must be -1 to 1"),
