@@ -24,6 +24,7 @@ from flare_clef.evaluation_inputs import (
     misplacement_mm,
     read_label_map,
     read_labelled_organs,
+    shear_degrees,
 )
 from flare_clef.metrics import OrganScore, Rules, score_organs, volumes_ml
 from flare_clef.organs import ORGAN_BY_NAME, Organ
@@ -32,6 +33,8 @@ from flare_clef.paths import replacing
 GEOMETRY_TOLERANCE_MM = 0.1
 """How far a voxel may lie from its partner: a NIfTI quaternion in float32 places the far corner
 of 512 x 512 x 400 voxels up to 0.07 mm from where the matrix of the same grid has it."""
+
+_SHEAR_TOLD_DEGREES = 0.5
 
 CSV_COLUMNS = ("case", "label", "organ", "dsc", "nsd", "hd95_mm", "volume_ml", "reference_ml")
 
@@ -43,14 +46,15 @@ class Problem:
     case: str
     kind: str
     """``missing prediction``, ``unusable prediction``, ``other shape``, ``other geometry``,
-    ``unknown labels``, ``unusable reference`` or ``no reference``."""
+    ``unknown labels``, ``unusable reference``, ``sheared axes`` or ``no reference``."""
     text: str
     """One line: the file, what was seen, how it was counted."""
 
     @property
     def is_failure(self) -> bool:
-        """A prediction without a reference takes nothing away from what was to be scored."""
-        return self.kind != "no reference"
+        """A prediction without a reference takes nothing away from what was to be scored, and
+        shear (of a tilted gantry) nothing from DSC and volumes."""
+        return self.kind not in ("no reference", "sheared axes")
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,13 @@ def score_pair(
         reference_ml = volumes_ml(reference.labels, spacing_mm, direction)
         return {name: OrganScore(0.0, 0.0, None, None, reference_ml[name]) for name in organs}, (
             problems
+        )
+    degrees = shear_degrees(reference.image)
+    if degrees >= _SHEAR_TOLD_DEGREES:
+        note(
+            "sheared axes",
+            f"{pair.reference}: axes {degrees:.1f} degrees off upright (a tilted gantry?); NSD and "
+            "HD95 are measured as if they were upright",
         )
     maps = prediction.labels, reference.labels
     return score_organs(*maps, spacing_mm, organs, rules, workers, direction), problems

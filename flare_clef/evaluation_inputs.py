@@ -150,6 +150,13 @@ def misplacement_mm(image: Image, other: Image) -> float:
     return float(np.linalg.norm(gaps, axis=1).max())
 
 
+def shear_degrees(image: Image) -> float:
+    """How far the two axes that are nearest to each other are from a right angle."""
+    axes = np.asarray(image.direction, dtype=np.float64).reshape(3, 3)
+    axes = axes / np.linalg.norm(axes, axis=0)
+    return float(np.degrees(np.arcsin(min(1.0, np.abs(axes.T @ axes - np.eye(3)).max()))))
+
+
 def _positions_mm(image: Image, indices: np.ndarray) -> np.ndarray:
     """Positions (n, 3) of voxel ``indices`` (n, 3), x first, as ITK defines them."""
     direction = np.asarray(image.direction, dtype=np.float64).reshape(3, 3)

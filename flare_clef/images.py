@@ -96,8 +96,10 @@ def read_place(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def _read_dicom(folder: Path) -> Image:
-    series, files = read_series(folder)
-    told = ""
+    series, files, tilt_degrees = read_series(folder)
+    told = (
+        f"gantry tilt of {tilt_degrees:.1f} degrees, kept: a sheared volume" if tilt_degrees else ""
+    )
     if len(files) == 1 and series.GetSize()[2] == 1:
         depth_mm = max(thickness_mm(files[0]), 0.0) or 1.0
         series.SetSpacing((*series.GetSpacing()[:2], depth_mm, *series.GetSpacing()[3:]))

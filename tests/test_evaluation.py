@@ -18,6 +18,8 @@ from flare_clef.cli import app
 from flare_clef.errors import UserError
 from flare_clef.evaluation import CSV_COLUMNS, evaluate_files
 from flare_clef.evaluation_summary import compare, intervals_of_means, summarise
+from flare_clef.images import image_from_array
+from flare_clef.writing import write_labels
 
 SHAPE = (10, 12, 40)
 SPACING_MM = (2.0, 2.0, 5.0)
@@ -92,6 +94,21 @@ def test_worst_five_come_first_and_name_their_lowest_organs(tmp_path: Path):
     assert worst[0]["dsc"] == pytest.approx((shifted_dsc(7) + 1) / 2, abs=1e-6)
     assert list(worst[0]["lowest"]) == ["liver", "spleen"]
     assert "case_4  0.562  lowest: Liver 0.12" in ran.output
+
+
+def test_sheared_axes_are_told_and_no_failure(tmp_path: Path):
+    leaning = np.sin(np.radians(12)), np.cos(np.radians(12))
+    for folder in ("predictions", "references"):
+        (tmp_path / folder).mkdir()
+        scan = image_from_array(
+            label_map(), (1, 1, 3), direction=(1, 0, 0, 0, 1, leaning[0], 0, 0, leaning[1])
+        )
+        write_labels(label_map(), scan, tmp_path / folder / "tilted.nii.gz")
+    ran = evaluate(tmp_path / "predictions", tmp_path / "references", "--organs", "liver")
+    assert ran.exit_code == 0, ran.output
+    assert "tilted.nii.gz: axes 12.0 degrees off upright (a tilted gantry?); NSD and HD95" in (
+        " ".join(ran.output.split())
+    )
 
 
 def test_every_kind_of_problem_is_named_counted_and_scored_as_said(tmp_path: Path):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from flare_clef.errors import UserError
 from flare_clef.images import (
+    IDENTITY,
     describe,
     image_from_array,
     read_image,
@@ -539,6 +540,38 @@ def test_one_slice_whose_position_is_empty(tmp_path: Path):
     assert "position" in refused(tmp_path / "s")
 
 
+def test_a_tilted_series_is_a_sheared_volume(tmp_path: Path):
+    write_dicom(tmp_path / "tilted", [6, 0, 9, 3], tilt=0.2)
+    image = read_image(tmp_path / "tilted")
+    assert image.warnings[0] == "gantry tilt of 11.3 degrees, kept: a sheared volume"
+    assert image.array[:, 0, 0].tolist() == [0, 3, 6, 9]
+    # Each slice lies where its header says: 3 mm up and .6 mm backwards from the one below.
+    step = np.reshape(image.direction, (3, 3))[:, 2] * image.spacing_mm[2]
+    assert step == pytest.approx([0, 0.6, 3])
+    labels = np.arange(4, dtype=np.uint8).repeat(256).reshape(4, 16, 16)
+    for suffix in (".nii.gz", ".nrrd", ".mha"):
+        write_labels(labels, image, tmp_path / f"labels{suffix}")
+        again = read_image(tmp_path / f"labels{suffix}")
+        axes = np.reshape(again.direction, (3, 3)) * again.spacing_mm
+        assert axes[:, 2] == pytest.approx([0, 0.6, 3], abs=1e-5)
+        assert again.array.tolist() == labels.tolist()
+    write_dicom(tmp_path / "rounded", [0, 3, 6, 9], tilt=0.001)
+    image = read_image(tmp_path / "rounded")
+    assert image.direction == IDENTITY and not any("tilt" in told for told in image.warnings)
+
+
+def test_slices_without_a_preamble(tmp_path: Path):
+    write_dicom(tmp_path / "s", [0, 3, 6, 9])
+    for file in (tmp_path / "s").iterdir():
+        whole = file.read_bytes()
+        meta = int.from_bytes(whole[140:144], "little")
+        file.write_bytes(whole[144 + meta :])
+    assert find_inputs(tmp_path) == [tmp_path / "s"]
+    assert read_image(tmp_path / "s").array[:, 0, 0].tolist() == [0, 3, 6, 9]
+    (tmp_path / "s" / "1.2.3-0.dcm").write_bytes(b"\x08\0\x16\0")
+    assert "a slice that cannot be read" in refused(tmp_path / "s")
+
+
 def test_dicom_trouble(tmp_path: Path):
     write_dicom(tmp_path / "two", [0, 3], uid="1.2.3")
     write_dicom(tmp_path / "two", [0, 3, 6], uid="1.2.4")
@@ -549,8 +582,6 @@ def test_dicom_trouble(tmp_path: Path):
     )
     write_dicom(tmp_path / "uneven", [0, 3, 6, 9.5, 12.5])
     assert "uneven spacing: 3.50 mm" in refused(tmp_path / "uneven")
-    write_dicom(tmp_path / "tilted", [0, 3, 6, 9], tilt=0.2)
-    assert "gantry tilt of 11.3 degrees" in refused(tmp_path / "tilted")
     write_dicom(tmp_path / "moved", [0, 3, 6, 9], shift_mm={6: 40})
     assert "slices at 3.0 and 6.0 mm are shifted sideways by 40.0 mm" in refused(tmp_path / "moved")
     write_dicom(tmp_path / "pixels", [0, 3, 6, 9], pixel_mm={6: 2})

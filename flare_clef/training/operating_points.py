@@ -114,12 +114,12 @@ def choose(tables: np.ndarray) -> OperatingPoints:
         for case in range(count):
             others = _best(_mean(np.delete(tables, case, axis=0)))
             own[case] = tables[case, np.arange(len(ORGANS)), others]
-        left_out = float(np.nanmean(_mean(own)))
-    return OperatingPoints(OFFSETS[picks], float(np.nanmean(_mean(tables[:, :, none]))), left_out)
+        left_out = float(_mean(_mean(own)))
+    return OperatingPoints(OFFSETS[picks], float(_mean(_mean(tables[:, :, none]))), left_out)
 
 
 def _mean(tables: np.ndarray) -> np.ndarray:
-    """Over cases; NaN where no case has the organ."""
+    """Over the first axis; NaN where there is nothing to judge (no case has the organ)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(tables, axis=0)

@@ -74,3 +74,10 @@ def test_moves_the_logits_by_the_offsets() -> None:
         moved = network(volume) - before
     expected = torch.from_numpy(offsets).float().view(1, 13, 1, 1, 1).expand_as(moved)
     torch.testing.assert_close(moved, expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_judge_leaves_the_logits_without_a_warning() -> None:
+    found = points.choose(np.full((2, 13, len(points.OFFSETS)), np.nan))
+    assert (found.offsets == 0).all()
+    assert np.isnan([found.before, found.left_out]).all()
