@@ -101,7 +101,7 @@ class Recipe:
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe; ``overrides`` are ``key.of.table=TOML value``."""
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
