@@ -12,6 +12,7 @@ from flare_clef.errors import UserError
 from flare_clef.paths import check_name
 
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+_FRAME_OF_REFERENCE = "0020|0052"
 _DESCRIPTION, _THICKNESS = "0008|103e", "0018|0050"
 _UNEVEN_SHARE = 0.02
 _SAME_PIXEL_MM = 1e-3
@@ -145,6 +146,14 @@ def series_place(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     first = _information(files[0])
     width, height, frames = first.GetSize()[:3]
     return (width, height, frames * len(files)), first.GetOrigin()[:3]
+
+
+def frame_of_reference(path: Path) -> str:
+    """UID of the space that a series (a folder) or a DICOM file lies in; empty where unknown."""
+    try:
+        return _text(series_files(path)[0] if path.is_dir() else str(path), _FRAME_OF_REFERENCE)
+    except UserError:
+        return ""
 
 
 def thickness_mm(file: str) -> float:

@@ -87,8 +87,7 @@ def read_place(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
             header = nifti.read_header(path)
             with ITK_TURN:
                 return header.dim[1:4], _nifti_geometry(path, header)[1]
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
+        reader = _itk_reader(path)
         reader.ReadImageInformation()
         return reader.GetSize()[:3], reader.GetOrigin()[:3]
     except (OSError, RuntimeError) as error:
@@ -165,14 +164,18 @@ def _itk_readable(path: Path) -> Iterator[Path]:
         yield link
 
 
-def _read_with_itk(path: Path) -> sitk.Image:
+def _itk_reader(path: Path) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     if path.suffix.lower() in (".mha", ".mhd") and not path.suffix.islower():
         # ITK finds the reader of other formats by their content, of this one by small letters.
         reader.SetImageIO("MetaImageIO")
+    return reader
+
+
+def _read_with_itk(path: Path) -> sitk.Image:
     try:
-        return reader.Execute()
+        return _itk_reader(path).Execute()
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read as an image ({itk_reason(error)})") from None
 

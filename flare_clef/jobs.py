@@ -19,6 +19,7 @@ _FOREIGN = (
 """Suffixes that a folder's name has by mistake alone."""
 _SAME_PLACE_MM = 0.1
 """So far apart the first voxels of a scan and of its labels may be: formats round."""
+_APART = "give each folder of scans a folder of labels of its own"
 
 
 @dataclass(frozen=True)
@@ -139,23 +140,32 @@ def of_another_scan(job: Job) -> str:
 
     Their headers are compared: series of many patients share a name, and so a place for labels.
     """
+    from flare_clef.dicom import frame_of_reference
     from flare_clef.images import read_place
 
+    if job.target.suffix == ".dcm":
+        own, other = frame_of_reference(job.source), frame_of_reference(job.target)
+        if not (own and other) or own == other:
+            return ""
+        return (
+            f"{job.target}: exists, but refers to another scan than {job.source} (frame of "
+            f"reference {other}, not {own}); {_APART}"
+        )
     try:
         size, origin_mm = read_place(job.source)
         found, place_mm = read_place(job.target)
-    except UserError:  # damage is told when the scan is read; DICOM labels have no such header
+    except UserError:  # damage is told when the scan is read
         return ""
-    far = max(abs(a - b) for a, b in zip(origin_mm, place_mm, strict=True)) > _SAME_PLACE_MM
-    if size == found and not far:
+    gaps_mm = [abs(a - b) for a, b in zip(origin_mm, place_mm, strict=False)]
+    if size == found and max(gaps_mm) <= _SAME_PLACE_MM:
         return ""
     seen, expected = (
         f"{' x '.join(map(str, n))} voxels from {', '.join(f'{x:.1f}' for x in at)} mm"
         for n, at in ((found, place_mm), (size, origin_mm))
     )
     return (
-        f"{job.target}: exists, but is of another scan than {job.source} ({seen}, not {expected}); "
-        "give each folder of scans a folder of labels of its own"
+        f"{job.target}: exists, but is of another scan than {job.source} "
+        f"({seen}, not {expected}); {_APART}"
     )
 
 

@@ -7,6 +7,7 @@ Keys: https://itk.org/Wiki/ITK/MetaIO/Documentation, "MetaImage Tags".
 from __future__ import annotations
 
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -49,7 +50,7 @@ def check_header(path: Path) -> None:
     if place.upper() == "LOCAL":
         _check_voxels(path, voxels_at, found, sides)
         return
-    files = _files_named(path, place, start[voxels_at:])
+    files = _files_named(path, place, start[voxels_at:], sides[-1])
     for voxels in files:
         if not voxels.is_file():
             raise UserError(
@@ -57,25 +58,42 @@ def check_header(path: Path) -> None:
             )
     # How many slices each of several files holds is left to ITK.
     if len(files) == 1:
-        _check_voxels(files[0], 0, found, sides)
+        _check_voxels(files[0], None, found, sides)
 
 
-def _files_named(path: Path, place: str, rest: bytes) -> list[Path]:
-    """The one file of voxels, those of a list to the end, or those of a pattern and numbers."""
+def _files_named(path: Path, place: str, rest: bytes, slices: int) -> list[Path]:
+    """The one file of voxels, or the first ``slices`` of a list, or of a pattern and numbers.
+
+    ITK opens no more of them. Raises UserError.
+    """
     if place.upper().startswith("LIST"):
-        names = [line.strip() for line in rest.decode("latin-1").splitlines()]
+        names = [os.fsdecode(line.strip()) for line in rest.splitlines()]
     elif pattern := re.fullmatch(r"(.*%0?\d*d.*?)((?:\s+\d+){2,3})", place):
         first, last, *step = map(int, pattern[2].split())
-        names = [pattern[1] % number for number in range(first, last + 1, *step[:1])]
+        # Without a step ITK divides by this one, and ends the whole process where it is 0.
+        every = step[0] if step else (last - first) // slices
+        try:
+            names = [pattern[1] % number for number in range(first, last + 1, every)]
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: ElementDataFile = {place}, which names no series of files ({error}); "
+                "export it again"
+            ) from None
     else:
         names = [place]
-    return [path.parent / name for name in names if name]
+    return [path.parent / name for name in names if name][:slices]
 
 
-def _check_voxels(file: Path, start: int, found: dict[str, str], sides: list[int]) -> None:
-    """ITK reads a damaged packed file without a word, and one whose packed size is not told."""
+def _check_voxels(file: Path, start: int | None, found: dict[str, str], sides: list[int]) -> None:
+    """ITK reads a damaged packed file without a word, and one whose packed size is not told.
+
+    ``start``: where the voxels begin behind their header; None: they have a file of their own.
+    """
     if not _is_true(found, "BinaryData"):
         return
+    own_file = start is None
+    # -1: the voxels are the file's last bytes.
+    start = _whole_numbers(found.get("HeaderSize", "0"))[0] if start is None else start
     channels = _whole_numbers(found.get("ElementNumberOfChannels", "1"))
     size = _BYTES[found["ElementType"].removesuffix("_ARRAY")]
     expected = math.prod(sides) * math.prod(channels) * size
@@ -87,7 +105,7 @@ def _check_voxels(file: Path, start: int, found: dict[str, str], sides: list[int
             )
         return
     packed = _whole_numbers(found.get("CompressedDataSize", ""))[0]
-    if not packed:
+    if not packed and not own_file:
         raise UserError(f"{file}: its header has no line CompressedDataSize; export it again")
     if there < packed:
         raise UserError(
@@ -127,7 +145,7 @@ def _lines(start: bytes) -> tuple[dict[str, str], int]:
     at = 0
     for line in start.splitlines(keepends=True):
         at += len(line)
-        key, *value = re.split("[=:]", line.decode("latin-1"), maxsplit=1)
+        key, *value = re.split("[=:]", os.fsdecode(line), maxsplit=1)
         if value:
             found[key.strip()] = value[0].strip()
         if key.strip() == "ElementDataFile":

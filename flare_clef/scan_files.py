@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def files_of(path: Path) -> list[Path]:
     if strip_suffix(path.name)[1].lower() not in (".mhd", ".nhdr"):
         return [path]
     try:
-        header = path.read_text(encoding="latin-1")
+        header = os.fsdecode(path.read_bytes()).replace("\r\n", "\n")
     except OSError:
         return [path]
     named = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file\s*:)(.*)", header, re.I | re.M | re.S)

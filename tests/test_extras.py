@@ -113,6 +113,17 @@ def test_masks_and_scores_of_an_earlier_run_go(tmp_path: Path, tiny_weights: Pat
     assert "warning: " in done.stderr and "no probabilities: nothing of the scan" in done.stderr
 
 
+def test_masks_that_lie_beside_no_labels_are_not_ours(tmp_path: Path, tiny_weights: Path):
+    write_scan(tmp_path / "ct.nii.gz", body_hu())
+    theirs = tmp_path / "segmentations" / "spleen.nii.gz"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"by hand")
+    labels = tmp_path / "segmentations.nii.gz"
+    predict(tmp_path / "ct.nii.gz", labels, tiny_weights, "--split", "--organs", "liver")
+    assert theirs.read_bytes() == b"by hand"
+    assert sorted(p.name for p in theirs.parent.iterdir()) == ["liver.nii.gz", "spleen.nii.gz"]
+
+
 def test_report_split_tables_probabilities(scans: Path, tmp_path: Path, tiny_weights: Path):
     pytest.importorskip("PIL", reason="Pillow is not installed (extra: report)")
     out = tmp_path / "out"

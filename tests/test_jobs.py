@@ -172,6 +172,32 @@ def test_labels_of_another_scan_are_not_skipped(tmp_path: Path):
     assert of_another_scan(job) == ""
 
 
+def test_flat_files_are_of_another_scan(tmp_path: Path):
+    flat = sitk.GetImageFromArray(np.zeros((4, 5), np.int16))
+    for name, there in (("a.mha", "b.mha"), ("b.mha", "a.mha")):
+        sitk.WriteImage(flat, str(tmp_path / "a.mha"))
+        sitk.WriteImage(sitk.JoinSeries(flat), str(tmp_path / "b.mha"))
+        assert "is of another scan" in of_another_scan(Job(tmp_path / name, tmp_path / there))
+
+
+def test_headers_are_read_whatever_the_letters_of_their_suffix(tmp_path: Path):
+    volume = image_from_array(np.zeros((3, 4, 5), np.int16), (1.0, 2.0, 3.0))
+    sitk.WriteImage(labels_to_sitk(volume.array, volume), str(tmp_path / "a.mha"))
+    (tmp_path / "a.mha").rename(tmp_path / "A.MHA")
+    write_labels(np.zeros((3, 4, 6), np.uint8), volume, tmp_path / "out.nii.gz")
+    assert "6 x 4 x 3" in of_another_scan(Job(tmp_path / "A.MHA", tmp_path / "out.nii.gz"))
+
+
+def test_dicom_labels_refer_to_the_space_of_their_series(tmp_path: Path):
+    """Their own frames may be fewer than the slices, or more."""
+    write_dicom(tmp_path / "s", [6, 0, 3], uid="1.2.3")
+    for uid, said in (("1.2.3", ""), ("1.2.4", "(frame of reference 1.2.4.0, not 1.2.3.0)")):
+        write_dicom(tmp_path / uid, [3], uid=uid)
+        (made,) = (tmp_path / uid).iterdir()
+        found = of_another_scan(Job(tmp_path / "s", made))
+        assert said in found and bool(found) == bool(said)
+
+
 def test_labels_of_another_series_of_one_name_are_not_skipped(tmp_path: Path):
     labels = tmp_path / "out" / "SE1.nii.gz"
     one, other, shifted = (tmp_path / name / "SE1" for name in ("P1", "P2", "P3"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ import SimpleITK as sitk
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
 from flare_clef.metaimage import check_header
+from flare_clef.scan_files import files_of
+
+START = (
+    "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementType = MET_SHORT\n"
+    "BinaryData = True\nElementByteOrderMSB = False\nElementDataFile = "
+)
 
 
 @pytest.fixture
@@ -106,7 +113,10 @@ def test_packed_voxels_are_checked(scan: Path, capfd, suffix):
     path.write_bytes(header.replace(b"DimSize = 50 40 9", b"DimSize = 50 40 8"))
     assert "unpacks to 36000 of 32000 bytes" in said()
     path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", b"", header))
-    assert "no line CompressedDataSize" in said()
+    if suffix == ".mha":
+        assert "no line CompressedDataSize" in said()
+    else:  # the size of the file says it
+        assert read_image(path).array.shape == (9, 40, 50)
     assert capfd.readouterr() == ("", "")
 
 
@@ -115,7 +125,7 @@ def test_a_missing_slice_is_named(scan: Path, capfd):
     path = scan.with_suffix(".mhd")
     for number in (0, 2):
         scan.with_name(f"{number}.raw").write_bytes(b"\0" * 40)
-    for place in ("LIST\n0.raw\n1.raw\n2.raw\n", "%d.raw 0 2 1\n", "%01d.raw 0 2\n"):
+    for place in ("LIST\n0.raw\n1.raw\n2.raw\n", "%d.raw 0 2 1\n", "%01d.raw 0 3\n"):
         path.write_text(start + place)
         with pytest.raises(UserError, match=r"scan.mhd: its voxels' file 1.raw is not beside it"):
             read_image(path)
@@ -140,10 +150,47 @@ def test_slices_in_files_of_their_own_are_left_to_itk(tmp_path: Path):
     slices = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     for number, values in enumerate(slices):
         values.tofile(tmp_path / f"{number}.raw")
-    start = (
-        "ObjectType = Image\nNDims = 3\nDimSize = 5 4 3\nElementType = MET_SHORT\n"
-        "BinaryData = True\nElementByteOrderMSB = False\nElementDataFile = "
-    )
     for name, place in (("a.mhd", "LIST\n0.raw\n1.raw\n2.raw\n"), ("b.mhd", "%d.raw 0 2 1\n")):
-        (tmp_path / name).write_text(start + place)
+        (tmp_path / name).write_text(START + place)
         assert np.array_equal(read_image(tmp_path / name).array, slices)
+
+
+def test_files_beyond_the_last_slice_are_not_asked_for(tmp_path: Path):
+    slices = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for number, values in enumerate(slices):
+        values.tofile(tmp_path / f"{number}.raw")
+    for place in (
+        "LIST\n0.raw\n1.raw\n2.raw\ngone.raw\nby hand\n",
+        "%d.raw 0 9 1\n",
+        "%d.raw 0 3\n",
+    ):
+        (tmp_path / "a.mhd").write_text(START + place)
+        assert np.array_equal(read_image(tmp_path / "a.mhd").array, slices)
+
+
+@pytest.mark.parametrize(
+    "place", ["50%_%d.raw 0 2 1", "%d.raw 0 2 0", "%d%d.raw 0 2 1", "%d.raw 0 2"]
+)
+def test_a_pattern_that_names_no_files_is_refused(tmp_path: Path, place: str):
+    (tmp_path / "a.mhd").write_text(START + place)
+    with pytest.raises(UserError, match=r"a.mhd: ElementDataFile = .* names no series of files"):
+        read_image(tmp_path / "a.mhd")
+
+
+def test_voxels_in_a_file_of_a_foreign_name(tmp_path: Path):
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for packed_too in (False, True):
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "Müller.mhd"), packed_too)
+        assert np.array_equal(read_image(tmp_path / "Müller.mhd").array, values)
+    assert len(files_of(tmp_path / "Müller.mhd")) == 2
+
+
+def test_packed_voxels_alone_in_a_file_need_no_size(tmp_path: Path):
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    header = START.replace("ElementDataFile", "CompressedData = True\nElementDataFile")
+    (tmp_path / "a.zraw").write_bytes(zlib.compress(values.tobytes()))
+    (tmp_path / "a.mhd").write_text(f"{header}a.zraw\n")
+    assert np.array_equal(read_image(tmp_path / "a.mhd").array, values)
+    (tmp_path / "a.zraw").write_bytes(bytes(100) + zlib.compress(values.tobytes()))
+    (tmp_path / "a.mhd").write_text(f"HeaderSize = 100\n{header}a.zraw\n")
+    check_header(tmp_path / "a.mhd")

@@ -156,9 +156,10 @@ def finetune(run: Run) -> Path:
     with _shown(run, trainer, plan.steps):
         network = trainer.run()
     if trainer.ended:
+        best = "; the network of the lowest is exported" if trainer.best_is_there else ""
         run.say(
             f"stopped early after step {trainer.step}: no lower validation loss in "
-            f"{plan.patience_epochs} epoch(s); the network of the lowest is exported"
+            f"{plan.patience_epochs} epoch(s){best}"
         )
     path = run.folder / WEIGHTS
     if rank() == 0:
@@ -281,9 +282,12 @@ def as_trained(run: Run) -> Recipe:
             run.say(f"warning: [{key}] differs from the recipe of this run, which is taken")
     data = replace(given.data, grid=own.data.grid)
     if not (data.validation or data.folds) and (own.data.validation or own.data.folds):
-        run.say("the cases that this run kept aside stay so (data.validation, data.folds)")
-        split = {key: getattr(own.data, key) for key in ("validation", "folds", "fold")}
-        data = replace(data, **split)
+        # By name: folds would be drawn anew over the cases that are there today.
+        aside = provenance.read_run(run.folder).get(provenance.KEPT_ASIDE, ())
+        there = sorted(run.labelled_names().intersection(aside))
+        if there:
+            run.say(f"kept aside as in this run's training: {', '.join(there)}")
+        data = replace(data, validation=tuple(there))
     return replace(given, network=own.network, finetune=own.finetune, data=data)
 
 

@@ -60,12 +60,15 @@ def write_case(
         )
     labels = np.array(own.array)
     entry: dict[str, Any] = {"labels": "own"}
+    chances = output / "probabilities" / f"{case.name}.nii.gz"
+    # One of another organ, or of before there were labels, would be taken for this one's.
+    chances.unlink(missing_ok=True)
     if vote is not None:
         chance = probability_on(vote, calibration, scan.array, labels, labels_to_sitk(labels, own))
         certain = chance >= round(255 * CERTAIN)
         undecided = (chance >= round(255 * POSSIBLE)) & ~certain
         labels[certain], labels[undecided] = organ.index, UNDECIDED
-        write_labels(chance, own, output / "probabilities" / f"{case.name}.nii.gz")
+        write_labels(chance, own, chances)
         voxel_ml = float(np.prod(own.spacing_mm)) / 1000
         entry = {
             "labels": "propagated",

@@ -54,18 +54,24 @@ class Run:
             raise UserError(f"{names}: no cases with labels; name a folder with --data")
         return self._with_propagated(cases) if cases and self.recipe.propagate else cases
 
+    def labelled_names(self) -> set[str]:
+        """Of the cases that may be kept aside: those with labels, which are no bent copies."""
+        return {case.name for case in self._given() if case.labels and not case.bent_from}
+
     def unlabelled(self) -> list[Case]:
         """Further scans for pre-training: those of the data without labels, data.unlabelled's."""
         cases = [case for case in self._given() if case.labels is None]
         # Nor those with labels, or copies of them: they are trained on already, or kept aside.
         further = self._read([self.base / folder for folder in self.recipe.data.unlabelled])
-        own = [case.name for case in self._given() if case.labels and not case.bent_from]
-        aside = self.recipe.data.kept_aside(own)
+        aside = self.recipe.data.kept_aside(self.labelled_names())
         store = Store(self.folder / "prepared", self.recipe.data.grid)
         known = {name for name, _ in provenance.same_scans(self._given(), further, store)}
         new = [case for case in further if case.name not in known and not aside & case.origins]
         if len(new) < len(further):
-            self.say(f"{len(further) - len(new)} scan(s) of data.unlabelled are among the others")
+            self.say(
+                f"{len(further) - len(new)} scan(s) of data.unlabelled are left out: among the "
+                "others, or of the name of a case kept aside"
+            )
         return cases + new
 
     def _folders(self) -> list[Path]:

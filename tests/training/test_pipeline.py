@@ -242,7 +242,7 @@ def test_an_export_keeps_to_what_the_run_trained_on(folder: Path, tmp_path: Path
     none = ("--set", "data.validation=[]", "--set", "export.operating_points=true")
     done = call(folder, "export", *options, *none, "--output", run)
     assert done.exit_code == 0, done.output
-    assert "the cases that this run kept aside stay so" in done.output
+    assert "kept aside as in this run's training: c2" in done.output
     assert "operating points by 1 case(s) kept aside" in done.output
     # Data that came later were not trained on.
     fewer = json.loads((data / "cases.json").read_text())
@@ -253,6 +253,18 @@ def test_an_export_keeps_to_what_the_run_trained_on(folder: Path, tmp_path: Path
     record = load_weights(tmp_path / "run" / "weights.safetensors").record
     assert record["trained_on"].keys() == fewer.keys() - {"c2"}
     assert record["validation_dice"].keys() == {"c2"}
+
+
+def test_an_export_with_fewer_cases_draws_no_folds_anew(folder: Path, tmp_path: Path):
+    run, few = tmp_path / "run", make_folder(tmp_path / "few", 3)
+    folds = "data.validation=[]", "data.folds=3"
+    options = _with(folder, make_folder(tmp_path / "data", 6), *folds)
+    assert call(folder, "finetune", *options, "--output", str(run)).exit_code == 0
+    aside = set(json.loads((run / "run.json").read_text())["kept_aside"])
+    done = call(folder, "export", *_with(folder, few, "data.validation=[]"), "--output", str(run))
+    assert done.exit_code == 0, done.output
+    record = load_weights(run / "weights.safetensors").record
+    assert record["validation_dice"].keys() == aside & {"c0", "c1", "c2"}
 
 
 def test_the_start_is_judged_and_a_finished_run_takes_no_other_cases(folder: Path, tmp_path: Path):
@@ -344,7 +356,7 @@ def test_pretraining_never_sees_what_is_kept_aside(folder: Path, tmp_path: Path)
     options = ("--set", f'data.unlabelled=["{copies.parent}"]', "--output", str(tmp_path / "third"))
     done = call(folder, "pretrain", str(folder / "r.toml"), *options)
     assert done.exit_code == 0, done.output
-    assert "1 scan(s) of data.unlabelled are among the others" in done.output
+    assert "1 scan(s) of data.unlabelled are left out: among" in done.output
     record = json.loads((tmp_path / "third" / "run.json").read_text())
     assert record["pretraining_cases"].keys() == seen.keys()
 

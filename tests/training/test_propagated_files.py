@@ -66,6 +66,16 @@ def test_what_an_earlier_round_made_is_no_label_by_people(tmp_path: Path):
     assert case.made == (ORGAN.name, "spleen") and case.judged == ("liver",)
 
 
+def test_no_map_of_another_organ_stays(tmp_path: Path):
+    """Of an earlier run into the same folder: every voxel would be in doubt by it."""
+    case = _case(tmp_path / "cases")
+    chances = _made(tmp_path / "out" / "probabilities") / "a.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(case.labels)), str(chances))
+    _propagate([replace(case, propagated_before=("duodenum",))], tmp_path / "out")
+    (again,) = read_dataset(tmp_path / "out").cases
+    assert again.chances is None and not chances.exists()
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
