@@ -229,7 +229,8 @@ def scaled(value_hu: float) -> float:
 
 
 def _to_hu(chunk: np.ndarray) -> torch.Tensor:
-    values = np.ascontiguousarray(chunk, dtype=np.float32)
+    # A copy always: torch takes no negative stride, which an axis of one voxel may keep.
+    values = np.array(chunk, dtype=np.float32, order="C")
     if np.issubdtype(chunk.dtype, np.floating):
         bad = ~np.isfinite(values)
         if bad.any():

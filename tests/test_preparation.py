@@ -12,6 +12,7 @@ from conftest import body_hu
 from torch.nn import functional
 
 from flare_clef.preparation import (
+    _to_hu,
     body_box,
     canonical_axes,
     canonical_view,
@@ -198,3 +199,11 @@ def test_labels_there_and_back_where_the_resize_is_exact():
     for organ in range(1, 14):
         one_hot[organ - 1][torch.from_numpy(labels == organ)] = 1.0
     assert np.array_equal(restore(one_hot, placement), labels)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chunk_of_one_flipped_slice_is_taken():
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    values.flags.writeable = False
+    chunk = values[::-1][1:]
+    assert _to_hu(chunk).tolist() == values[:1].tolist()
