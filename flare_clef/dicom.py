@@ -22,9 +22,12 @@ _UPRIGHT_DEGREES = 0.1
 _META_BYTES = 4096
 """So much of a file holds what it says of its class."""
 _CLASS = b"\2\0\2\0UI"
-_CT_IMAGE = re.compile(_CLASS + rb"..1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]", re.DOTALL)
-"""Media Storage SOP Class UID (0002,0002) of a CT (PS3.4, B.5): plain, enhanced, converted."""
-_CT_UID = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]")
+_CT_UID = rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.\d)?[^.\d]"
+"""SOP class of a CT (PS3.4, B.5): plain, enhanced, converted."""
+_CT_IMAGE = re.compile(_CLASS + rb".." + _CT_UID, re.DOTALL)
+"""The same as Media Storage SOP Class UID (0002,0002)."""
+_CT_WITHOUT_PREAMBLE = re.compile(rb"\A\x08\0.*?" + _CT_UID, re.DOTALL)
+"""A file that begins with its data set, group 0008."""
 _NO_SCAN = re.compile(
     _CLASS + rb"..1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66|88|104|481)\b)", re.DOTALL
 )
@@ -50,8 +53,7 @@ def _dicom_start(path: Path) -> bytes:
             start = file.read(_META_BYTES)
     except OSError:
         return b""
-    bare = start[:2] == b"\x08\0" and _CT_UID.search(start)
-    return start if start[128:132] == b"DICM" or bare else b""
+    return start if start[128:132] == b"DICM" or _CT_WITHOUT_PREAMBLE.match(start) else b""
 
 
 def series_files(folder: Path) -> tuple[str, ...]:
@@ -130,7 +132,8 @@ def read_series(folder: Path) -> tuple[sitk.Image, tuple[str, ...], float]:
     if not len(steps) or volume.GetDimension() != 3:
         return volume, files, 0.0
     direction = np.reshape(volume.GetDirection(), (3, 3))
-    along = steps.mean(axis=0) / np.linalg.norm(steps.mean(axis=0))
+    step = steps.mean(axis=0)
+    along = step / np.linalg.norm(step)
     degrees = float(np.degrees(np.arccos(min(1.0, float(along @ direction[:, 2])))))
     if degrees < _UPRIGHT_DEGREES:
         return volume, files, 0.0

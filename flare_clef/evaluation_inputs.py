@@ -151,7 +151,7 @@ def misplacement_mm(image: Image, other: Image) -> float:
 
 
 def shear_degrees(image: Image) -> float:
-    """How far the two axes that are nearest to each other are from a right angle."""
+    """How far, in degrees, the angle of two of the three axes is from a right one, at most."""
     axes = np.asarray(image.direction, dtype=np.float64).reshape(3, 3)
     axes = axes / np.linalg.norm(axes, axis=0)
     return float(np.degrees(np.arcsin(min(1.0, np.abs(axes.T @ axes - np.eye(3)).max()))))

@@ -52,14 +52,13 @@ class Extras:
 
             keep_largest(found.labels)
         stem = job.target.with_name(job.case)
+        # Masks that lie beside no labels may be somebody's own.
         done_before = behind_link(job.target).exists()
         if self.split or self.probabilities or self.report:
             with contextlib.suppress(OSError):  # what is in the way is told when they are written
                 behind_link(job.target).unlink(missing_ok=True)
         if self.split:
-            self._write_split(stem, found.labels, image, job.target)
-            if done_before:
-                self._drop_other_masks(stem, job.target)
+            self._write_split(stem, found.labels, image, job.target, drop_others=done_before)
         warnings: tuple[str, ...] = ()
         if self.probabilities:
             warnings = _write_probabilities(stem, found, image)
@@ -84,24 +83,22 @@ class Extras:
         else:
             write_labels(labels, image, job.target)
 
-    def _write_split(self, stem: Path, labels: np.ndarray, image: Image, target: Path) -> None:
-        """One mask a file, 0 and 1, in a folder called as the case; absent organs are empty."""
-        suffix = strip_suffix(target.name)[1] or ".nii.gz"
-        for organ in ORGANS:
-            if self.organs is None or organ.index in self.organs:
-                mask = (labels == organ.index).view(np.uint8)
-                write_labels(mask, image, stem / f"{organ.name}{suffix}", named=False)
+    def _write_split(
+        self, stem: Path, labels: np.ndarray, image: Image, target: Path, *, drop_others: bool
+    ) -> None:
+        """One mask a file, 0 and 1, in a folder called as the case; absent organs are empty.
 
-    def _drop_other_masks(self, stem: Path, target: Path) -> None:
-        """Those of an earlier run, of organs that this one was not asked for.
-
-        Where no labels lay beside them they may be somebody's own, and stay.
+        ``drop_others``: masks of organs that were not asked for are an earlier run's, and go.
         """
         suffix = strip_suffix(target.name)[1] or ".nii.gz"
         for organ in ORGANS:
-            if self.organs is not None and organ.index not in self.organs:
+            path = stem / f"{organ.name}{suffix}"
+            if self.organs is None or organ.index in self.organs:
+                mask = (labels == organ.index).view(np.uint8)
+                write_labels(mask, image, path, named=False)
+            elif drop_others:
                 with contextlib.suppress(OSError):
-                    (stem / f"{organ.name}{suffix}").unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
 
     def _write_report(
         self, stem: Path, labels: np.ndarray, image: Image, case: CaseMeasurement, source: Path

@@ -48,6 +48,9 @@ def check_header(path: Path) -> None:
         raise UserError(f"{path}: ElementType = {found['ElementType']}, unknown; export it again")
     place = found["ElementDataFile"]
     if place.upper() == "LOCAL":
+        # Of voxels behind their header ITK needs to be told how many bytes are packed.
+        if _is_packed(found) and not _packed_bytes(found):
+            raise UserError(f"{path}: its header has no line CompressedDataSize; export it again")
         _check_voxels(path, voxels_at, found, sides)
         return
     files = _files_named(path, place, start[voxels_at:], sides[-1])
@@ -58,7 +61,8 @@ def check_header(path: Path) -> None:
             )
     # How many slices each of several files holds is left to ITK.
     if len(files) == 1:
-        _check_voxels(files[0], None, found, sides)
+        # -1, which ITK takes for "the file's last bytes", is 0 here: more bytes do no harm.
+        _check_voxels(files[0], _whole_numbers(found.get("HeaderSize", "0"))[0], found, sides)
 
 
 def _files_named(path: Path, place: str, rest: bytes, slices: int) -> list[Path]:
@@ -84,29 +88,21 @@ def _files_named(path: Path, place: str, rest: bytes, slices: int) -> list[Path]
     return [path.parent / name for name in names if name][:slices]
 
 
-def _check_voxels(file: Path, start: int | None, found: dict[str, str], sides: list[int]) -> None:
-    """ITK reads a damaged packed file without a word, and one whose packed size is not told.
-
-    ``start``: where the voxels begin behind their header; None: they have a file of their own.
-    """
+def _check_voxels(file: Path, start: int, found: dict[str, str], sides: list[int]) -> None:
+    """Raises UserError for damage that ITK reads without a word; voxels begin at byte ``start``."""
     if not _is_true(found, "BinaryData"):
         return
-    own_file = start is None
-    # -1: the voxels are the file's last bytes.
-    start = _whole_numbers(found.get("HeaderSize", "0"))[0] if start is None else start
     channels = _whole_numbers(found.get("ElementNumberOfChannels", "1"))
     size = _BYTES[found["ElementType"].removesuffix("_ARRAY")]
     expected = math.prod(sides) * math.prod(channels) * size
     there = file.stat().st_size - start
-    if not _is_true(found, "CompressedData"):
+    if not _is_packed(found):
         if there < expected:
             raise UserError(
                 f"{file}: cut off, {there} of {expected} bytes of voxels; copy or export it again"
             )
         return
-    packed = _whole_numbers(found.get("CompressedDataSize", ""))[0]
-    if not packed and not own_file:
-        raise UserError(f"{file}: its header has no line CompressedDataSize; export it again")
+    packed = _packed_bytes(found)
     if there < packed:
         raise UserError(
             f"{file}: cut off, {there} of {packed} bytes of packed voxels; copy or export it again"
@@ -133,6 +129,15 @@ def _unpacked_bytes(file: Path, start: int) -> int:
                 raise zlib.error("it ends in the middle")
             count += len(inflater.decompress(data, _PIECE_BYTES))
     return count
+
+
+def _is_packed(found: dict[str, str]) -> bool:
+    return _is_true(found, "BinaryData") and _is_true(found, "CompressedData")
+
+
+def _packed_bytes(found: dict[str, str]) -> int:
+    """As the header tells; 0 where it doesn't."""
+    return _whole_numbers(found.get("CompressedDataSize", ""))[0]
 
 
 def _is_true(found: dict[str, str], key: str) -> bool:

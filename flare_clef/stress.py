@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flare_clef.images import Image
-from flare_clef.metrics import dice_per_organ
+from flare_clef.metrics import dice_per_organ, voxel_ml
 from flare_clef.organs import ORGAN_BY_NAME
 from flare_clef.orientation import nearest_axes, reorient
 
@@ -141,18 +141,23 @@ def agreement(
 
 
 def found_though_cut_off(
-    labels: np.ndarray, reference: np.ndarray, organs: Sequence[str], spacing_mm: Sequence[float]
+    labels: np.ndarray,
+    reference: np.ndarray,
+    organs: Sequence[str],
+    spacing_mm: tuple[float, float, float],
+    direction: tuple[float, ...] | None = None,
 ) -> dict[str, float]:
     """By name, the volume in ml that is labelled as an organ of which nothing is left.
 
-    ``labels`` and ``reference``: uint8 (z, y, x) on the same grid, of ``spacing_mm`` per axis.
+    ``labels`` and ``reference``: uint8 (z, y, x) on the same grid, of ``spacing_mm`` (x, y, z);
+    ``direction`` as in :func:`flare_clef.metrics.volumes_ml`.
     The DSC of such an organ is 0 whether a litre of it is found or a few voxels.
     """
     counts = np.bincount(labels.ravel(), minlength=14)
     left = np.bincount(reference.ravel(), minlength=14)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    one_ml = voxel_ml(spacing_mm, direction)
     return {
-        name: round(float(counts[index]) * voxel_ml, 2)
+        name: round(float(counts[index]) * one_ml, 2)
         for name, index in ((name, ORGAN_BY_NAME[name].index) for name in organs)
         if counts[index] and not left[index]
     }

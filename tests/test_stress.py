@@ -99,6 +99,9 @@ def test_what_is_found_where_an_organ_was_cut_off() -> None:
     organs = ["liver", "spleen", "aorta"]
     found = stress.found_though_cut_off(labels, reference, organs, (2.0, 5.0, 10.0))
     assert found == {"spleen": 0.2}
+    leaning = (1, 0, 0, 0, 1, 0.8, 0, 0, 0.6)  # a voxel is as high as .6 of its step
+    found = stress.found_though_cut_off(labels, reference, organs, (2.0, 5.0, 10.0), leaning)
+    assert found == {"spleen": 0.12}
 
 
 def test_command(tmp_path: Path, tiny_weights: Path) -> None:

@@ -93,7 +93,9 @@ def stress(
         compared = guise.on_labels(_as_labels(image, reference)).array
         table[guise.name] = agreement(found, compared, organs)
         _print_row(guise.name, mean_dsc(table[guise.name]), table[guise.name])
-        false_ml[guise.name] = found_though_cut_off(found, compared, organs, changed.spacing_mm)
+        false_ml[guise.name] = found_though_cut_off(
+            found, compared, organs, changed.spacing_mm, changed.direction
+        )
         if false_ml[guise.name]:
             parts = ", ".join(f"{name} {ml:.1f} ml" for name, ml in false_ml[guise.name].items())
             typer.echo(f"{'':<22} cut off, found all the same: {parts}")

@@ -12,6 +12,7 @@ import SimpleITK as sitk
 
 from flare_clef.errors import UserError
 from flare_clef.images import read_image
+from flare_clef.metrics import voxel_ml
 from flare_clef.organs import Organ
 from flare_clef.paths import check_writable
 from flare_clef.training.case_files import link_volume
@@ -69,12 +70,12 @@ def write_case(
         undecided = (chance >= round(255 * POSSIBLE)) & ~certain
         labels[certain], labels[undecided] = organ.index, UNDECIDED
         write_labels(chance, own, chances)
-        voxel_ml = float(np.prod(own.spacing_mm)) / 1000
+        one_ml = voxel_ml(own.spacing_mm, own.direction)
         entry = {
             "labels": "propagated",
-            "certain_ml": round(float(certain.sum()) * voxel_ml, 1),
-            "undecided_ml": round(float(undecided.sum()) * voxel_ml, 1),
-            "expected_ml": round(float(chance.sum(dtype=np.float64)) / 255 * voxel_ml, 1),
+            "certain_ml": round(float(certain.sum()) * one_ml, 1),
+            "undecided_ml": round(float(undecided.sum()) * one_ml, 1),
+            "expected_ml": round(float(chance.sum(dtype=np.float64)) / 255 * one_ml, 1),
             "neighbours_dsc": round(vote.agreement, 3),
         }
     write_labels(labels, own, output / "labels" / f"{case.name}.nii.gz")
