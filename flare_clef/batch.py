@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from flare_clef.errors import UserError, one_line
 from flare_clef.images import read_image
 from flare_clef.jobs import Job
+from flare_clef.organs import ORGAN_BY_NAME
 
 if TYPE_CHECKING:
     from flare_clef.extras import Extras
@@ -149,7 +150,7 @@ def run(
             result.error = str(problem)
         except MemoryError:
             result.error = f"{item.job.source}: not enough memory; set --memory-limit"
-        except RuntimeError as problem:
+        except Exception as problem:  # of torch, or one that nobody foresaw
             advice = "; use --device cpu" if segmenter.device.type != "cpu" else ""
             reason = one_line(problem)
             result.error = f"{item.job.source}: cannot be segmented ({reason}){advice}"
@@ -157,7 +158,8 @@ def run(
             writer.submit(partial(_as_it_is, result))
             continue
         on_stage(item.job, "write")
-        writer.submit(partial(_write, result, found, item.image, measure_volumes, extras))
+        measured = (organs or tuple(ORGAN_BY_NAME)) if measure_volumes else ()
+        writer.submit(partial(_write, result, found, item.image, measured, extras))
         del found, item
     writer.finish()
 
@@ -170,9 +172,10 @@ def _write(
     result: CaseResult,
     found: Segmentation,
     image: Image,
-    measure_volumes: bool,
+    measured: Sequence[str],
     extras: Extras | None,
 ) -> CaseResult:
+    """Writes one case; ``measured`` are the organs whose volumes the result tells."""
     from flare_clef.metrics import volumes_ml
     from flare_clef.writing import write_labels
 
@@ -184,9 +187,9 @@ def _write(
             write_labels(found.labels, image, result.job.target)
         else:
             result.warnings += extras.write(result.job, found, image)
-        if measure_volumes:
+        if measured:
             volumes = volumes_ml(found.labels, image.spacing_mm, image.direction)
-            result.volume_ml = {name: round(ml, 3) for name, ml in volumes.items()}
+            result.volume_ml = {name: round(volumes[name], 3) for name in measured}
         result.status = "done"
     except UserError as problem:
         result.error = str(problem)

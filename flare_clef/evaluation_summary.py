@@ -170,7 +170,7 @@ def intervals_of_means(values: np.ndarray) -> list[list[float] | None]:
     # A column that a resample drew no value of is left out of that resample.
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     columns = [*means.T, _row_means(means)]
-    numbers = [*known.sum(axis=0), len(values)]
+    numbers = [*known.sum(axis=0), known.any(axis=1).sum()]
     return [
         [float(v) for v in np.nanpercentile(column, _INTERVAL_PERCENT)] if number >= 2 else None
         for column, number in zip(columns, numbers, strict=True)

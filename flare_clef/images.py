@@ -189,6 +189,10 @@ def itk_reason(error: Exception) -> str:
 def _unpack(image: sitk.Image, source: Path | None = None) -> tuple[Any, ...]:
     """Array, spacing, origin, direction of a SimpleITK image; one volume of a 4-D one."""
     name = source or "the image"
+    if (
+        "label" in image.GetPixelIDTypeAsString()
+    ):  # of which ITK ends the process when asked for more
+        raise UserError(f"{name}: {image.GetPixelIDTypeAsString()}; a CT has one number a voxel")
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
             f"{name}: {image.GetNumberOfComponentsPerPixel()} numbers a voxel; a CT has one"

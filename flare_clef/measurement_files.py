@@ -52,7 +52,7 @@ def _table(cases: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
-    """The cases of ``path`` whose labels have not been written anew since."""
+    """The cases of ``path`` whose labels are there, and have not been written anew since."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         _table(cases)  # fails for what is not of this module
@@ -65,15 +65,17 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 def _is_stale(case: Mapping[str, Any], folder: Path) -> bool:
     # By the name: the folder may have been moved, or be mounted elsewhere.
-    labels, known = folder / Path(case.get("labels", "")).name, case.get(LABELS_CHECKSUM)
-    return known is not None and labels.is_file() and checksum(labels) != known
+    if "labels" not in case:
+        return False
+    labels, known = folder / Path(case["labels"]).name, case.get(LABELS_CHECKSUM)
+    return not labels.is_file() or (known is not None and checksum(labels) != known)
 
 
 class MeasurementFiles:
     """The two files of a batch, whole after every case.
 
     ``part`` is a shard, ``K/N``, with files of its own. With ``keep``, what earlier runs measured
-    stays, and what shards measured is known, but for cases whose labels are others by now.
+    stays, and what shards measured is known, but for cases whose labels are gone or others by now.
     Raises UserError for a file of other content.
     """
 
@@ -92,13 +94,19 @@ class MeasurementFiles:
             )
             self._others = {c["case"]: c for path in others for c in _earlier(path)}
 
-    def __contains__(self, case: str) -> bool:
-        return case in self._cases or case in self._others
+    def knows(self, case: str, labels: Path) -> bool:
+        """Whether a case of this name was measured by a label map of this one."""
+        found = self._cases.get(case) or self._others.get(case)
+        return found is not None and Path(found.get("labels", labels)).name == labels.name
 
     def gather(self) -> None:
-        """Takes over what shards measured, unless this is one."""
-        if not self._part and not self._others.keys() <= self._cases.keys():
+        """Takes over what shards measured, unless this is one; what is not kept leaves the files.
+
+        Before the first case, so that a run whose cases all fail leaves no figures of another.
+        """
+        if not self._part:
             self._cases = {**self._others, **self._cases}
+        if self._cases or self.json.exists():
             self._write()
 
     def add(
@@ -115,5 +123,11 @@ class MeasurementFiles:
 
     def _write(self) -> None:
         whole = {"flare_clef": __version__, "cases": list(self._cases.values())}
-        write_bytes(self.json, json.dumps(whole, indent=1).encode())
-        write_bytes(self.csv, _table(self._cases.values()).encode())
+        _renew(self.json, json.dumps(whole, indent=1).encode())
+        _renew(self.csv, _table(self._cases.values()).encode())
+
+
+def _renew(path: Path, content: bytes) -> None:
+    """Writes ``path`` unless it holds that already: a folder may be read-only by now."""
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes(path, content)

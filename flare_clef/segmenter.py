@@ -154,8 +154,8 @@ class Segmenter:
         image,
         *,
         spacing_mm=None,
-        origin_mm=(0.0, 0.0, 0.0),
-        direction=IDENTITY,
+        origin_mm=None,
+        direction=None,
         organs=None,
     ):
         """Labels of a CT scan in HU, uint8, on the scan's own grid.
@@ -169,8 +169,15 @@ class Segmenter:
         if isinstance(image, np.ndarray):
             if spacing_mm is None:
                 raise UserError("predict: an array needs spacing_mm=(x, y, z) beside it")
+            origin_mm = (0.0, 0.0, 0.0) if origin_mm is None else origin_mm
+            direction = IDENTITY if direction is None else direction
             scan = image_from_array(image, spacing_mm, origin_mm, direction)
             return self.segment(scan, organs=organs).labels
+        if any(given is not None for given in (spacing_mm, origin_mm, direction)):
+            raise UserError(
+                "predict: spacing_mm, origin_mm and direction go with an array; a file or a "
+                "SimpleITK image has its own"
+            )
         scan = (
             read_image(Path(image))
             if isinstance(image, (str, PathLike))

@@ -223,6 +223,12 @@ def test_labels_of_another_scan_fail_where_they_would_be_skipped(
     assert done.returncode == 1
     assert "failed: " in done.stderr and "a.nii.gz: exists, but is of another scan" in done.stderr
     assert "1 failed" in done.stderr and "1 skipped" in done.stderr
+    # Nor where there is something to make anew.
+    before = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    done = run("predict", *options, "--measurements")
+    assert done.returncode == 1 and "a.nii.gz: exists, but is of another scan" in done.stderr
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
+    assert "note: 1 label map(s) are made anew" in done.stderr
 
 
 def test_what_is_asked_for_later_is_made_with_skip_existing(

@@ -248,6 +248,9 @@ def test_box_plot_and_pictures_of_the_worst(tmp_path: Path):
             spacing=SPACING_MM,
             origin=(0.0, 0.0, 0.0),
         )
+    (tmp_path / "out").mkdir()
+    earlier = tmp_path / "out" / "worst_1_of_an_earlier_run.png"
+    earlier.touch()
     options = ("-o", tmp_path / "out", "--plots", "--images", tmp_path / "scans")
     ran = evaluate(predictions, references, *options)
     assert ran.exit_code == 0, ran.output
@@ -316,3 +319,8 @@ def test_two_files_are_a_pair_whatever_their_names(tmp_path: Path):
     ours = write(tmp_path / "a.nii.gz", label_map(2))
     summary = summarise(evaluate_files(ours, write(tmp_path / "b.nii.gz", label_map())))
     assert summary["organs"]["liver"]["dsc"]["mean"] == 0.75
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_interval_of_what_exists_nowhere():
+    assert intervals_of_means(np.full((3, 2), np.nan)) == [None] * 3

@@ -30,7 +30,7 @@ def written(folder, name="measurements.json"):
 def test_files_keep_what_an_earlier_run_wrote(tmp_path):
     MeasurementFiles(tmp_path).add(case("a", {LIVER, RIGHT}), {"input": "a.nii.gz"})
     again = MeasurementFiles(tmp_path, keep=True)
-    assert "a" in again and "b" not in again
+    assert again.knows("a", tmp_path / "a.mha") and not again.knows("b", tmp_path / "b.mha")
     again.gather()
     again.add(case("b", {LIVER}), {})
     assert written(tmp_path) == ["a", "b"]
@@ -70,7 +70,7 @@ def test_files_of_others_are_left_alone_or_told(tmp_path):
         (tmp_path / name).write_text(ours.replace('"a"', '"old"'))
     (tmp_path / "measurements_profile.json").write_text('{"wall_s": 2}')
     files = MeasurementFiles(tmp_path, keep=True)
-    assert "a" in files and "old" not in files
+    assert files.knows("a", tmp_path / "a.mha") and not files.knows("old", tmp_path / "old.mha")
     for text in (
         "[]",
         '{"cases": [{"case": "b"}]}',
@@ -95,9 +95,36 @@ def test_shards_write_files_of_their_own_and_a_later_run_gathers_them(tmp_path):
     assert (tmp_path / "measurements.0-of-2.csv").exists()
     assert not (tmp_path / "measurements.json").exists()
     whole = MeasurementFiles(tmp_path, keep=True)
-    assert "a" in whole and "b" in whole
+    assert whole.knows("a", tmp_path / "a.mha") and whole.knows("b", tmp_path / "b.mha")
     whole.gather()
     assert written(tmp_path) == ["a", "b"]
     before = (tmp_path / "measurements.json").stat().st_mtime_ns
     MeasurementFiles(tmp_path, keep=True).gather()
     assert (tmp_path / "measurements.json").stat().st_mtime_ns == before
+
+
+def test_a_case_is_known_by_its_label_map(tmp_path):
+    """Of a.nii.gz and a.mha the figures of the one are not those of the other."""
+    (tmp_path / "a.mha").write_bytes(b"")
+    MeasurementFiles(tmp_path).add(case("a", {LIVER}), {"labels": "elsewhere/a.mha"})
+    again = MeasurementFiles(tmp_path, keep=True)
+    assert again.knows("a", tmp_path / "a.mha") and not again.knows("a", tmp_path / "a.nii.gz")
+
+
+def test_cases_whose_labels_are_gone_leave_the_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mha").write_bytes(b"")
+        MeasurementFiles(tmp_path, keep=True).add(case(name, {LIVER}), {"labels": f"{name}.mha"})
+    (tmp_path / "a.mha").unlink()
+    MeasurementFiles(tmp_path, keep=True).gather()
+    assert written(tmp_path) == ["b"]
+    assert "a,liver" not in (tmp_path / "measurements.csv").read_text()
+
+
+def test_a_run_without_any_case_leaves_no_figures_of_another(tmp_path):
+    MeasurementFiles(tmp_path).add(case("a", {LIVER}), {})
+    MeasurementFiles(tmp_path).gather()
+    assert written(tmp_path) == []
+    (tmp_path / "new").mkdir()
+    MeasurementFiles(tmp_path / "new").gather()
+    assert list((tmp_path / "new").iterdir()) == []

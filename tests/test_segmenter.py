@@ -14,7 +14,7 @@ from test_preparation import stored_as, stored_every_way
 
 from flare_clef import ORGANS, Segmenter
 from flare_clef.errors import UsageError, UserError
-from flare_clef.images import image_from_array
+from flare_clef.images import IDENTITY, image_from_array
 from flare_clef.integer_convolution import fits_int8
 from flare_clef.network import Architecture
 from flare_clef.quantised import calibration_from_norms
@@ -164,3 +164,14 @@ def test_calibrated_layers_that_8_bits_do_not_fit_leave_auto_the_others(tmp_path
     assert load_weights(path).calibration is not None
     Segmenter(path)
     assert asked == [False]
+
+
+def test_a_geometry_beside_a_file_or_a_label_map_is_refused(segmenter, tmp_path):
+    scan = write_scan(tmp_path / "a.nii.gz", body_hu())
+    for given in ({"spacing_mm": (9, 9, 9)}, {"origin_mm": (0, 0, 1)}, {"direction": IDENTITY}):
+        for image in (scan, sitk.ReadImage(str(scan))):
+            with pytest.raises(UserError, match="go with an array; a file or a SimpleITK image"):
+                segmenter.predict(image, **given)
+    labels = sitk.LabelImageToLabelMap(sitk.GetImageFromArray(np.ones((5, 5, 5), np.uint8)))
+    with pytest.raises(UserError, match="label of 8-bit unsigned integer; a CT has one number"):
+        segmenter.predict(labels)

@@ -256,6 +256,8 @@ def _draw(
     from flare_clef.evaluation_plots import draw_box_plots, draw_case
 
     failed = False
+    for earlier in folder.glob("worst_[1-9]*_*.png"):  # of other cases, perhaps
+        earlier.unlink(missing_ok=True)
     draw_box_plots(evaluation, folder / "boxes.png")
     pairs = {pair.case: pair for pair in evaluation.pairs}
     for rank, worst in enumerate(summary["worst_cases"], start=1):

@@ -191,15 +191,23 @@ def predict(
         from flare_clef.measurement_files import MeasurementFiles
 
         files = MeasurementFiles(folder, part=shard or "", keep=not overwrite)
-    todo = []
+    todo, anew = [], []
     for job in jobs:
-        known = files is None or job.case in files
+        labelled = not overwrite and job.target.exists()
+        if labelled and (problem := of_another_scan(job)):
+            on_result(batch.CaseResult(job, error=problem))
+            continue
+        known = files is None or files.knows(job.case, job.target)
         if overwrite or not known or not is_there(job, organs=names, **beside):
             todo.append(job)
-        elif problem := of_another_scan(job):
-            on_result(batch.CaseResult(job, error=problem))
+            anew += [job.target] if labelled else []
         else:
             on_result(batch.CaseResult(job, status="skipped"))
+    if anew:
+        progress.line(
+            f"note: {len(anew)} label map(s) are made anew, since other files asked for are "
+            f"missing or of other labels; the first is {anew[0]}"
+        )
     if todo or label_tables:
         # Made when there is something to write: of a wrong option nothing is left behind.
         check_writable(folder, make=False)
